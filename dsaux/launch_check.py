@@ -1,0 +1,302 @@
+"""Checks that need the model's layers or the number of processes, and the document that DeepSpeed is given.
+
+Second step of a run's path: `dsaux.config` re-exports `check_launch` and `resolved_deepspeed`; `train.py`
+calls the first once the world size is known, `dsaux.assemble` the second once the number of steps is.
+`dsaux.partition` uses `partition_indices`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsaux.config_rules import ConfigError, join, nearest, show, suggestion
+
+if TYPE_CHECKING:  # dsaux.config imports this file
+    from dsaux.config import Config
+
+_METHODS = ("uniform", "parameters", "time")
+_NEVER = 10**9  # steps_per_print of a run that writes its own log
+_SMALLEST_MICRO_BATCH = 2
+_MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a configuration lies on the processes that were started.
+
+    Attributes:
+        world_size: processes.
+        stages: pipeline stages.
+        replicas: copies of the pipeline, world_size / stages.
+        train_batch_size: samples in a step over all replicas.
+        micro_batch_size: samples in a micro-batch of one replica.
+        gradient_accumulation_steps: micro-batches in a step.
+    """
+
+    world_size: int
+    stages: int
+    replicas: int
+    train_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+
+
+def check_launch(config: Config, *, world_size: int) -> Launch:
+    """Fits a configuration to a number of processes.
+
+    DeepSpeed's rules fill in what is missing of train_batch_size, train_micro_batch_size_per_gpu and
+    gradient_accumulation_steps, but a division with a remainder, which DeepSpeed rounds or asserts, is
+    refused. The model, the data set and the packages that the configuration asks for must exist.
+
+    Raises:
+        ConfigError: for the first thing that does not fit.
+    """
+    from dsaux.data import check_dataset
+
+    check_partition(config)
+    stages = config.dsaux.pipeline.stages
+    if world_size < 1 or world_size % stages != 0:
+        started = f"{world_size} process was" if world_size == 1 else f"{world_size} processes were"
+        most = max(-(-world_size // stages), 3)
+        starts = [str(stages * times) for times in range(most - 2, most + 1)]
+        raise ConfigError(
+            f"dsaux.pipeline.stages is {stages} but {started} started; it must divide them."
+            f" Start {starts[0]}, {starts[1]} or {starts[2]}, or change stages."
+        )
+    replicas = world_size // stages
+    train, micro, steps = _batch_sizes(config.deepspeed, replicas=replicas)
+    if micro < _SMALLEST_MICRO_BATCH:
+        raise ConfigError(
+            f"the micro-batch of a replica has {micro} sample (train_batch_size {train} over {steps} gradient"
+            f" accumulation steps and {replicas} replicas); BatchNorm needs at least {_SMALLEST_MICRO_BATCH}."
+            f" Set train_batch_size to {_SMALLEST_MICRO_BATCH * steps * replicas} or more, or take fewer"
+            " steps or replicas."
+        )
+    check_samples(config, train_batch_size=train)
+    _check_switch(config, train_batch_size=train)
+    check_dataset(config.dsaux.data)
+    _check_monitors(config.deepspeed)
+    return Launch(
+        world_size=world_size,
+        stages=stages,
+        replicas=replicas,
+        train_batch_size=train,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=steps,
+    )
+
+
+def _check_switch(config: Config, *, train_batch_size: int) -> None:
+    """Refuses exact epochs that would begin when the run has ended."""
+    run = config.dsaux.run
+    if run.exact_epochs == 0 or run.max_steps is None:
+        return
+    steps_per_epoch = config.dsaux.data.train_samples // train_batch_size
+    start = (run.epochs - run.exact_epochs) * steps_per_epoch
+    if run.max_steps <= start:
+        raise ConfigError(
+            f"dsaux.run.max_steps is {run.max_steps} but the {run.exact_epochs} exact epochs"
+            " (dsaux.run.exact_epochs)"
+            f" begin after step {start}. Set max_steps above {start}, or exact_epochs to 0."
+        )
+
+
+def _check_monitors(document: dict[str, Any]) -> None:
+    for monitor, package in _MONITOR_PACKAGES.items():
+        enabled = document.get(monitor, {}).get("enabled", False)
+        if enabled and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{join(monitor, 'enabled')} is true but the package {package} is not installed. Install it"
+                " with"
+                f" pip install {package}, or set {join(monitor, 'enabled')} to false."
+            )
+
+
+def check_samples(config: Config, *, train_batch_size: int) -> None:
+    """Refuses a training set that is smaller than one global batch (the last incomplete batch is dropped).
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    samples = config.dsaux.data.train_samples
+    if samples < train_batch_size:
+        raise ConfigError(
+            f"dsaux.data.train_samples is {samples}, less than one global batch of {train_batch_size}"
+            " (train_batch_size), so an epoch"
+            f" has no step. Set train_samples to {train_batch_size} or more, or lower train_batch_size."
+        )
+
+
+def check_partition(config: Config) -> None:
+    """Checks that the model has enough layers for the stages and that a list of cuts fits them.
+
+    Raises:
+        ConfigError: for an unknown model, too many stages, an unknown layer, or cuts that do not increase.
+    """
+    from dsaux.models import layer_names
+
+    pipeline = config.dsaux.pipeline
+    names = layer_names(config.dsaux.model.name)
+    if pipeline.stages > len(names):
+        raise ConfigError(
+            f"dsaux.pipeline.stages is {pipeline.stages} but {config.dsaux.model.name} has {len(names)}"
+            " layers; a stage needs at least"
+            f" one. Set stages to {len(names)} or less, or take a deeper model."
+        )
+    if isinstance(pipeline.partition, (tuple, list)):
+        partition_indices(pipeline.partition, names=names, stages=pipeline.stages)
+
+
+def check_partition_form(given: Any) -> None:
+    """Checks that dsaux.pipeline.partition is a method's name or a list; the model decides about the list.
+
+    Raises:
+        ConfigError: if it is neither, with the nearest name.
+    """
+    if isinstance(given, (tuple, list)) or given in _METHODS:
+        return
+    close = nearest(given, _METHODS) if isinstance(given, str) else None
+    hint = f" Did you mean {show(close)}?" if close else ""
+    raise ConfigError(
+        f"dsaux.pipeline.partition is {show(given)}; it must be one of"
+        f" {', '.join(show(name) for name in _METHODS)} or a list of"
+        f' layers that start a stage.{hint} Change it, or leave it out for the default "time".'
+    )
+
+
+def partition_indices(partition: Sequence[int | str], *, names: Sequence[str], stages: int) -> tuple[int, ...]:
+    """Turns a partition list into layer indices.
+
+    Args:
+        partition: the layer, by index or by name, that starts each stage after the first.
+        names: names of all layers in order.
+        stages: number of stages K.
+
+    Returns:
+        K-1 increasing indices, each in 1 .. len(names)-1.
+
+    Raises:
+        ConfigError: for a wrong length, an unknown layer, an index out of range or cuts that do not increase.
+    """
+    path = "dsaux.pipeline.partition"
+    if len(partition) != stages - 1:
+        entries = "1 entry" if len(partition) == 1 else f"{len(partition)} entries"
+        raise ConfigError(
+            f"{path} has {entries} but dsaux.pipeline.stages is {stages}; it must have {stages - 1}, the"
+            " layer that starts each stage"
+            f" after the first. Change the list, or set stages to {len(partition) + 1}."
+        )
+    indices = tuple(_layer_index(f"{path}[{place}]", entry, names=names) for place, entry in enumerate(partition))
+    for place in range(1, len(indices)):
+        if indices[place] <= indices[place - 1]:
+            raise ConfigError(
+                f"{path} is {show(list(partition))}, the layers {show(list(indices))}; they must increase."
+                " Sort them and drop repeats."
+            )
+    return indices
+
+
+def _layer_index(path: str, entry: Any, *, names: Sequence[str]) -> int:
+    last = len(names) - 1
+    if isinstance(entry, str):
+        if entry not in names:
+            raise ConfigError(f"{path} is {show(entry)}, not a layer of the model. {suggestion(entry, names[1:])}")
+        index = list(names).index(entry)
+    elif isinstance(entry, int) and not isinstance(entry, bool):
+        index = entry
+    else:
+        raise ConfigError(
+            f"{path} is {show(entry)}; it must be a layer's index or name. Change it to one of 1 .. {last}."
+        )
+    if not 1 <= index <= last:
+        raise ConfigError(
+            f"{path} is {show(entry)}; a stage after the first must start at a layer in 1 .. {last}"
+            f" ({names[1]} .. {names[last]})."
+            " Change it to one of them."
+        )
+    return index
+
+
+def _batch_sizes(document: dict[str, Any], *, replicas: int) -> tuple[int, int, int]:
+    """Returns global batch, micro-batch and micro-batches in a step, by DeepSpeed's rules without their"
+    " rounding."""
+    train: int | None = document.get("train_batch_size")
+    micro: int | None = document.get("train_micro_batch_size_per_gpu")
+    steps: int | None = document.get("gradient_accumulation_steps")
+    if train is None:
+        assert micro is not None, "check_deepspeed asks for one of the two"
+        steps = 1 if steps is None else steps
+        return micro * steps * replicas, micro, steps
+    if micro is None:
+        steps = 1 if steps is None else steps
+        return (
+            train,
+            _exact_share(train, steps * replicas, _product(("gradient_accumulation_steps", steps), replicas)),
+            steps,
+        )
+    if steps is None:
+        return (
+            train,
+            micro,
+            _exact_share(train, micro * replicas, _product(("train_micro_batch_size_per_gpu", micro), replicas)),
+        )
+    if train != micro * steps * replicas:
+        whole = micro * steps * replicas
+        raise ConfigError(
+            f"train_batch_size is {train} but train_micro_batch_size_per_gpu x gradient_accumulation_steps x"
+            " replicas is"
+            f" {micro} x {steps} x {replicas} = {whole}. Set train_batch_size to {whole}, or leave one of the"
+            " three out."
+        )
+    return train, micro, steps
+
+
+def _product(size: tuple[str, int], replicas: int) -> str:
+    return f"{size[0]} x replicas = {size[1]} x {replicas} = {size[1] * replicas}"
+
+
+def _exact_share(train: int, parts: int, words: str) -> int:
+    if train % parts != 0:
+        below = train // parts * parts
+        choices = f"{below} or {below + parts}" if below else str(parts)
+        raise ConfigError(
+            f"train_batch_size is {train}, which is not a multiple of {words}. Set train_batch_size to"
+            f" {choices}, or change the others."
+        )
+    return train // parts
+
+
+def resolved_deepspeed(config: Config, launch: Launch, *, total_steps: int) -> dict[str, Any]:
+    """Makes the document for `deepspeed.initialize`.
+
+    Args:
+        config: the checked configuration; not changed.
+        launch: what `check_launch` returned.
+        total_steps: optimizer steps of the whole run, in place of "total_num_steps": "auto".
+
+    Returns:
+        A new document with the batch sizes filled in, "auto" replaced, steps_per_print set and the "dsaux"
+        block inside.
+
+    Raises:
+        ValueError: if `total_steps` is below 1.
+    """
+    if total_steps < 1:
+        raise ValueError(
+            f"total_steps is {total_steps}; a run has at least one step. Give the number of optimizer steps."
+        )
+    document = copy.deepcopy(config.to_dict())
+    document["train_batch_size"] = launch.train_batch_size
+    document["train_micro_batch_size_per_gpu"] = launch.micro_batch_size
+    document["gradient_accumulation_steps"] = launch.gradient_accumulation_steps
+    params = document.get("scheduler", {}).get("params", {})
+    if params.get("total_num_steps") == "auto":
+        params["total_num_steps"] = total_steps
+    if document.get("steps_per_print") is None:
+        timed = document.get("wall_clock_breakdown", False)
+        document["steps_per_print"] = config.dsaux.run.log_every if timed else _NEVER
+    return document
