@@ -1,0 +1,115 @@
+"""Draws and checks schedules; needs no GPU and starts no process group.
+
+python -m dsaux.schedules --schedule penalty --stages 4 --steps 6
+python -m dsaux.schedules --schedule 1f1b --stages 4 --micro_batches 8 --check
+python -m dsaux.schedules --schedule 1f1b --stages 4 --format trace --out trace.json
+python -m dsaux.schedules --compare --format svg --out docs/figures/schedules.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from dsaux.schedules import SCHEDULES
+from dsaux.schedules.check import ScheduleError, check_named
+from dsaux.schedules.draw import chrome_trace, comparison_svg, comparison_text, svg, text_grid
+from dsaux.schedules.timeline import simulate
+
+_DRAWINGS = {"text": text_grid, "svg": svg, "trace": chrome_trace}
+_COMPARISONS = {"text": comparison_text, "svg": comparison_svg}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status is 1 for a faulty schedule and 2 for wrong arguments."""
+    args = _parse(argv)
+    try:
+        if args.check:
+            print(f"{args.schedule}: {check_named(args.schedule, args.micro_batches, args.stages)}")
+            return 0
+        drawing = _compare(args) if args.compare else _draw(args)
+    except ScheduleError as error:
+        print(f"{args.schedule}: {error}", file=sys.stderr)
+        return 1
+    if args.out is None:
+        print(drawing.rstrip("\n"))
+        return 0
+    try:
+        args.out.write_text(drawing if drawing.endswith("\n") else f"{drawing}\n", encoding="utf-8")
+    except OSError as error:
+        print(f"--out {args.out} can't be written: {error.strerror}.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _draw(args: argparse.Namespace) -> str:
+    timeline = simulate(
+        args.schedule,
+        num_stages=args.stages,
+        micro_batches=args.micro_batches,
+        num_batches=args.steps,
+        aux_share=args.aux_share,
+    )
+    return _DRAWINGS[args.format](timeline)
+
+
+def _compare(args: argparse.Namespace) -> str:
+    above = simulate("1f1b", num_stages=args.stages, micro_batches=args.micro_batches, num_batches=args.steps)
+    shape = {"num_stages": args.stages, "micro_batches": 1}
+    one = simulate("penalty", num_batches=1, aux_share=args.aux_share, **shape)
+    num_batches = math.ceil(above.end / one.end)
+    below = simulate("penalty", num_batches=num_batches, aux_share=args.aux_share, **shape)
+    return _COMPARISONS[args.format](above, below)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m dsaux.schedules",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--schedule", choices=sorted(SCHEDULES), help="schedule to draw or check")
+    parser.add_argument("--stages", type=int, default=4, help="number of stages (default 4)")
+    parser.add_argument("--steps", type=int, default=2, help="batches to draw (default 2)")
+    parser.add_argument(
+        "--micro_batches",
+        type=int,
+        help="micro-batches in a batch (default: 1f1b as many as stages, penalty 1)",
+    )
+    parser.add_argument(
+        "--aux_share",
+        type=float,
+        default=0.1,
+        help="time of the AuxNet as a share of a stage's (default 0.1)",
+    )
+    parser.add_argument("--format", choices=sorted(_DRAWINGS), default="text", help="what to write")
+    parser.add_argument("--out", type=Path, help="file to write; default: the screen")
+    parser.add_argument("--compare", action="store_true", help="1f1b and penalty on one time axis")
+    parser.add_argument("--check", action="store_true", help="replay all ranks and look for faults")
+    args = parser.parse_args(argv)
+    for name in ("stages", "steps", "micro_batches"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; it must be 1 or more.")
+    if not 0 <= args.aux_share <= 1:
+        parser.error(f"--aux_share is {args.aux_share}; it must be between 0 and 1.")
+    if args.compare == (args.schedule is not None):
+        parser.error("give either --schedule NAME or --compare.")
+    if args.compare and (args.check or args.format not in _COMPARISONS):
+        parser.error("--compare draws text or svg; for --check and --format trace give --schedule NAME.")
+    if args.micro_batches is None:
+        args.micro_batches = 1 if args.schedule == "penalty" else args.stages
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The instructions a schedule is made of: DeepSpeed's own, and those of a local step.
+
+Schedules yield them, `dsaux.engine` maps each to a method, `dsaux.schedules.check` replays them. In the
+"Roughly" blocks this is stage ``k`` of ``K``: it takes ``lambda_k`` and makes ``X_(k+1)``; symbols in
+`dsaux.objective`.
+"""
+
+from __future__ import annotations
+
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    BufferOpInstruction,
+    ForwardPass,
+    LoadMicroBatch,
+    OptimizerStep,
+    PipeInstruction,
+    RecvActivation,
+    RecvGrad,
+    ReduceGrads,
+    ReduceTiedGrads,
+    SendActivation,
+    SendGrad,
+)
+
+__all__ = [
+    "AuxBackward",
+    "AuxForward",
+    "AuxOptimizerStep",
+    "BackwardPass",
+    "BufferOpInstruction",
+    "ForwardPass",
+    "LoadMicroBatch",
+    "LoadReplicaBatch",
+    "LocalBackward",
+    "LocalForward",
+    "OptimizerStep",
+    "PipeInstruction",
+    "RecvActivation",
+    "RecvGrad",
+    "ReduceAuxGrads",
+    "ReduceGrads",
+    "ReduceTiedGrads",
+    "SendActivation",
+    "SendGrad",
+]
+
+
+class LoadReplicaBatch(BufferOpInstruction):  # type: ignore[misc]
+    """Load a micro-batch, inputs and labels, into a buffer.
+
+    Roughly:
+
+    .. code-block:: python
+
+        buffers["inputs"][buffer_id], buffers["labels"][buffer_id] = next(data_iter)
+
+    Pairs with the same instruction on every other stage of the replica: all of them read the same batch.
+    (DeepSpeed's ``LoadMicroBatch`` runs on the first and the last stage only.)
+    """
+
+
+class AuxForward(BufferOpInstruction):  # type: ignore[misc]
+    """Run the AuxNet from the batch to this stage's own input and, below the last stage, one boundary on.
+
+    Roughly:
+
+    .. code-block:: python
+
+        buffers["variables"][buffer_id] = aux_net(buffers["inputs"][buffer_id], depth=min(k + 1, K - 1))
+
+    Pairs with :class:`AuxBackward` on the same buffer. Nothing is received: every rank has an AuxNet replica.
+    """
+
+
+class LocalForward(BufferOpInstruction):  # type: ignore[misc]
+    """Run this stage forward on its auxiliary variable and compute its local loss.
+
+    Roughly:
+
+    .. code-block:: python
+
+        X = stage(variables[k])
+        loss = cross_entropy(X, labels) if k == K - 1 else coupling_loss(X, variables[k + 1])
+
+    Pairs with :class:`LocalBackward` on the same buffer; needs :class:`AuxForward` before it.
+    """
+
+
+class LocalBackward(BufferOpInstruction):  # type: ignore[misc]
+    """Run this stage backward from its local loss; weight gradients add up, ``g_k`` stays in the buffer.
+
+    Roughly:
+
+    .. code-block:: python
+
+        engine.backward(loss)
+        g_k = variables[k].grad
+
+    Pairs with :class:`LocalForward`. No gradient comes from the stage above or goes to the one below.
+    """
+
+
+class AuxBackward(BufferOpInstruction):  # type: ignore[misc]
+    """Push this rank's forces back through the AuxNet in one backward pass, then free the buffer.
+
+    Roughly:
+
+    .. code-block:: python
+
+        forces = [gamma * g_k, match_force(variables[k + 1], X)]
+        torch.autograd.backward([variables[k], variables[k + 1]], forces)
+
+    Pairs with :class:`AuxForward`; needs :class:`LocalBackward` before it.
+    """
+
+
+class ReduceAuxGrads(PipeInstruction):  # type: ignore[misc]
+    """Start the sum of the AuxNet's gradients over all ranks, and go on without waiting.
+
+    Roughly:
+
+    .. code-block:: python
+
+        work = all_reduce(aux_gradients, async_op=True)
+
+    Pairs with :class:`AuxOptimizerStep` on the same rank, which waits for ``work``, and with the same
+    instruction on every other rank: it is a collective of all ranks, a rank with nothing to add gives zeros.
+    """
+
+
+class AuxOptimizerStep(PipeInstruction):  # type: ignore[misc]
+    """Wait for the AuxNet's gradient sum and step the AuxNet; the replicas stay equal bit by bit.
+
+    Roughly:
+
+    .. code-block:: python
+
+        work.wait()
+        aux_optimizer.step()
+
+    Pairs with :class:`ReduceAuxGrads`, which started the sum.
+    """
