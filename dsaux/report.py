@@ -1,0 +1,142 @@
+"""The run folder and the display of one run, on rank 0; nothing but the stage map on the others.
+
+train.py opens it on every rank before the process group exists and keeps it open to the end of the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch.distributed
+
+from dsaux.config import Config, ConfigError
+from dsaux.config_rules import show
+from dsaux.display import RunDisplay
+from dsaux.environment import describe_environment
+from dsaux.metrics import CONFIG_FILE, RunFolder, StageRow, create_run_folder, open_run_folder
+from dsaux.runtime import Place
+
+if TYPE_CHECKING:  # the engine needs DeepSpeed, which is imported after the checks
+    from dsaux.engine import AuxPipelineEngine
+    from dsaux.partition import Partition
+
+
+class Report:
+    """Context of a run: shows it, and records how it ended.
+
+    Attributes:
+        folder: the run folder; None on all ranks but 0.
+        display: what a person sees; None on all ranks but 0.
+    """
+
+    def __init__(self, folder: RunFolder | None, display: RunDisplay | None) -> None:
+        self.folder, self.display = folder, display
+
+    def __enter__(self) -> Report:
+        if self.display:
+            self.display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.display:
+            self.display.__exit__(kind, error, trace)
+        if self.folder and kind is not None:
+            text = str(error)
+            with contextlib.suppress(OSError):  # a full disk must not hide the error that ended the run
+                self.folder.event("failed", error=f"{kind.__name__}: {text}" if text else kind.__name__)
+
+    def show_stages(self, engine: AuxPipelineEngine, *, partition: Partition, place: Place) -> None:
+        """Gather what every rank holds and show it on rank 0; a collective over all ranks.
+
+        Args:
+            engine: this rank's engine.
+            partition: the cut that all ranks agreed on.
+            place: this rank's place.
+        """
+        rows: list[StageRow] = [_stage_row(engine, partition=partition, place=place)] * place.world_size
+        torch.distributed.all_gather_object(rows, rows[place.rank])
+        if self.folder:
+            self.folder.event(
+                "stages",
+                rows=[asdict(row) for row in rows],
+                bounds=partition.bounds,
+                stage_costs=partition.stage_costs,
+                unit=partition.unit,
+                method=partition.method,
+            )
+        if self.display:
+            self.display.stages(rows, unit=partition.unit)
+
+
+def open_report(config: Config, *, place: Place, run_dir: str | None, eval_only: bool) -> Report:
+    """Make or open the run folder and the display on rank 0; call it on every rank, before any process group.
+
+    Args:
+        config: the checked configuration.
+        place: this rank's place.
+        run_dir: the folder to use; None takes a numbered one under runs/.
+        eval_only: evaluate the run in `run_dir` instead of starting one.
+
+    Raises:
+        ConfigError: on rank 0, if the folder does not fit.
+    """
+    if run_dir is not None and not run_dir.strip():
+        raise ConfigError(
+            "--run_dir is empty. Give the path of a folder, or leave it out for a numbered one under runs/."
+        )
+    if place.rank != 0:
+        return Report(None, None)
+    settings = config.dsaux
+    environment = describe_environment(world_size=place.world_size)
+    if eval_only:
+        if run_dir is None:
+            raise ConfigError("--eval_only needs --run_dir. Give the folder of a finished run.")
+        folder = open_run_folder(Path(run_dir))
+        _check_same_network(config, folder.path)
+        folder.event("eval_only", environment=environment)
+    else:
+        folder = create_run_folder(Path(run_dir) if run_dir is not None else None, settings.run.name)
+        folder.write_config(config.to_dict())
+        folder.write_environment(environment)
+    display = RunDisplay(
+        name=settings.run.name,
+        model=settings.model.name,
+        schedule="evaluation only" if eval_only else settings.pipeline.schedule,
+        stages=settings.pipeline.stages,
+        replicas=place.world_size // settings.pipeline.stages,
+    )
+    return Report(folder, display)
+
+
+def _check_same_network(config: Config, path: Path) -> None:
+    saved = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["dsaux"]
+    given = config.to_dict()["dsaux"]
+    for block, key in (("model", "name"), ("data", "name"), ("data", "image_size"), ("data", "test_samples")):
+        if saved[block][key] != given[block][key]:
+            raise ConfigError(
+                f"dsaux.{block}.{key} is {show(given[block][key])} but the run in {path} was trained with "
+                f"{show(saved[block][key])}. Evaluate it with its own configuration: --ds_config {path / CONFIG_FILE}"
+            )
+
+
+def _stage_row(engine: AuxPipelineEngine, *, partition: Partition, place: Place) -> StageRow:
+    names = engine.module.layer_names
+    total = sum(partition.stage_costs)
+    return StageRow(
+        rank=place.rank,
+        host=place.host,
+        device=str(engine.device),
+        replica=int(engine.grid.get_data_parallel_rank()),
+        stage=int(engine.stage_id),
+        first_layer=names[0],
+        last_layer=names[-1],
+        parameters=sum(parameter.numel() for parameter in engine.module.parameters()),
+        share=partition.stage_costs[engine.stage_id] / total if total > 0 else None,
+    )
