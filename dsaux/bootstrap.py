@@ -1,0 +1,103 @@
+"""`dsaux.initialize`: `deepspeed.initialize` with our engine. Called by train.py and by users' own scripts."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed
+from packaging.version import Version
+
+from dsaux.config import Config, ConfigError, aux_optimizer, config_from_dict, load_config
+from dsaux.engine import AuxPipelineEngine
+from dsaux.module import AuxPipelineModule
+
+MINIMUM_DEEPSPEED = "0.19.8"
+_SWAP_LOCK = threading.Lock()
+
+
+def initialize(
+    args: Any = None,
+    model: AuxPipelineModule | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    *,
+    config: str | Path | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[AuxPipelineEngine, Any, Any, Any]:
+    """Make an :class:`~dsaux.engine.AuxPipelineEngine`; arguments and result are those of `deepspeed.initialize`.
+
+    Args:
+        args: parsed command line with `deepspeed_config`, if `config` is not given.
+        model: the :class:`~dsaux.AuxPipelineModule` to train.
+        optimizer: optimizer of the stages, or a callable that makes it; overrides the config's.
+        model_parameters: parameters to optimize; all of the stage's by default.
+        training_data: data set for DeepSpeed's own loader; usually data comes with `train_batch(data_iter)`.
+        lr_scheduler: schedule of the stages, or a callable that makes one (the AuxNet gets one of its own then).
+        config: DeepSpeed JSON file or dict with its `dsaux` block.
+        kwargs: further arguments of `deepspeed.initialize`.
+
+    Returns:
+        (engine, optimizer, training dataloader, learning-rate schedule).
+
+    Raises:
+        ConfigError: if the configuration is wrong.
+        TypeError: if `model` is not an `AuxPipelineModule`.
+        RuntimeError: if DeepSpeed is older than the hooks that the engine stands on.
+    """
+    if Version(deepspeed.__version__) < Version(MINIMUM_DEEPSPEED):
+        raise RuntimeError(
+            f"deepspeed {deepspeed.__version__} is installed; dsaux needs {MINIMUM_DEEPSPEED} or newer (the pipeline "
+            f"engine's schedule hooks). Run: pip install 'deepspeed>={MINIMUM_DEEPSPEED}'."
+        )
+    if not isinstance(model, AuxPipelineModule):
+        raise TypeError(f"model is {type(model).__name__}; dsaux.initialize needs a dsaux.AuxPipelineModule.")
+    settings = _read(config if config is not None else getattr(args, "deepspeed_config", None))
+    if settings.deepspeed.get("scheduler", {}).get("params", {}).get("total_num_steps") == "auto":
+        raise ConfigError(
+            'scheduler.params.total_num_steps is "auto", which train.py alone can fill in; give the number of steps.'
+        )
+    # deepspeed.initialize chooses the engine by a module-level name: lend it ours for the length of the call.
+    with _SWAP_LOCK:
+        original = deepspeed.PipelineEngine
+        deepspeed.PipelineEngine = functools.partial(
+            AuxPipelineEngine, settings=settings.dsaux, aux_optimizer=aux_optimizer(settings)
+        )
+        try:
+            result = deepspeed.initialize(
+                args=None,
+                model=model,
+                optimizer=optimizer,
+                model_parameters=model_parameters,
+                training_data=training_data,
+                lr_scheduler=lr_scheduler,
+                config=settings.to_dict(),
+                **kwargs,
+            )
+        finally:
+            deepspeed.PipelineEngine = original
+    set_group_timeouts(timedelta(seconds=settings.dsaux.run.timeout_s))
+    return result  # type: ignore[no-any-return]
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Give every process group, DeepSpeed's own included, the run's timeout (their default is up to 30 minutes)."""
+    c10d = torch.distributed.distributed_c10d
+    set_timeout = getattr(torch.distributed, "set_timeout", None) or c10d._set_pg_timeout
+    for group in list(c10d._world.pg_map):
+        set_timeout(timeout, group)
+
+
+def _read(config: str | Path | Mapping[str, Any] | None) -> Config:
+    if config is None:
+        raise ConfigError(
+            "no configuration was given; pass config=FILE or a dict with DeepSpeed's keys and a dsaux block."
+        )
+    return config_from_dict(config) if isinstance(config, Mapping) else load_config(config)

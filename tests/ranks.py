@@ -1,0 +1,110 @@
+"""Starts gloo ranks on this machine for a test and brings back what each returned.
+
+Ranks are forked from a server process that has imported PyTorch and DeepSpeed once, so a test costs a second or
+two, not ten. A rank that fails ends the test at once, with its traceback; one that hangs ends it at the time limit.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PRELOADED = ["torch", "deepspeed", "dsaux.engine", "dsaux.bootstrap"]
+TIME_LIMIT_S = 180.0
+
+
+class RankError(AssertionError):
+    """A rank of the test raised, died or hung."""
+
+
+def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, time_limit_s: float = TIME_LIMIT_S) -> list[Any]:
+    """Call `target(*args)` in `world_size` processes joined by gloo; return the results in rank order.
+
+    Args:
+        target: a function at the top of a test module.
+        world_size: number of ranks.
+        args: picklable arguments, the same for every rank.
+        time_limit_s: seconds until hanging ranks are ended.
+
+    Raises:
+        RankError: with the traceback of the first rank that failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(sender, target, args, rank, world_size, port), daemon=True)
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        return _collect(pipes, world_size, deadline=time.monotonic() + time_limit_s)
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _collect(pipes: list[Connection], world_size: int, *, deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    pending = dict(zip(pipes, range(world_size), strict=True))
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"ranks {sorted(pending.values())} did not finish within the time limit")
+        for pipe in ready:
+            rank = pending.pop(pipe)
+            try:
+                outcome, value = pipe.recv()
+            except EOFError:
+                raise RankError(f"rank {rank} died without a word") from None
+            if outcome == "error":
+                raise RankError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank_main(
+    sender: Connection, target: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        from dsaux.runtime import start_process_group
+
+        start_process_group(timeout_s=60.0)
+        sender.send(("value", target(*args)))
+    except BaseException:  # it is reported to the test, whatever it is
+        sender.send(("error", traceback.format_exc()))
+    sender.close()
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,80 @@
+"""Train a network with dsaux: `deepspeed --num_gpus 2 train.py --ds_config ds_configs/quickstart.json`.
+
+The run in the order of its path, one call a step. Everything that can be wrong with the input is found before the first
+process group starts.
+"""
+
+import argparse
+from pathlib import Path
+
+from dsaux.config import check_launch, load_config
+from dsaux.runtime import Place, run_and_exit, share_cores, start_process_group
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Layer-parallel training with dsaux.", allow_abbrev=False)
+    parser.add_argument("--ds_config", required=True, metavar="FILE", help="DeepSpeed JSON with a dsaux block")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the file, e.g. --set dsaux.aux.beta=30; may be repeated",
+    )
+    parser.add_argument("--run_dir", metavar="DIR", help="run folder (default: runs/<dsaux.run.name>, numbered)")
+    parser.add_argument("--eval_only", action="store_true", help="evaluate the network saved in --run_dir")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    arguments = parser.parse_args()
+    if arguments.eval_only and arguments.run_dir is None:
+        parser.error("--eval_only needs --run_dir, the folder of a finished run")
+    return arguments
+
+
+def main() -> None:
+    """One run, from the command line to the last line of its log."""
+    arguments = parse_arguments()
+    place = Place.from_environment()
+    config = load_config(arguments.ds_config, overrides=arguments.set)
+    launch = check_launch(config, world_size=place.world_size)
+
+    from dsaux.data import load_dataset
+    from dsaux.report import open_report
+
+    dataset = load_dataset(config.dsaux.data)
+    report = open_report(config, place=place, run_dir=arguments.run_dir, eval_only=arguments.eval_only)
+    if arguments.eval_only:
+        config = config.without_auxnet()
+    with report:
+        share_cores(place)
+        device = start_process_group(config.dsaux.run.timeout_s)
+
+        from dsaux.assemble import agree_on_partition, build_engine, network_layers
+        from dsaux.trainer import Trainer, planned_steps
+
+        layers = network_layers(config, dataset)
+        partition = agree_on_partition(config, launch, layers=layers, dataset=dataset, device=device)
+        steps_per_epoch = len(dataset.train_labels) // launch.train_batch_size
+        _, main_steps = planned_steps(config, steps_per_epoch)
+        engine = build_engine(
+            config, launch, layers=layers, dataset=dataset, partition=partition, main_steps=main_steps
+        )
+        report.show_stages(engine, partition=partition, place=place)
+        trainer = Trainer(
+            config,
+            launch,
+            engine=engine,
+            dataset=dataset,
+            partition=partition,
+            folder=report.folder,
+            display=report.display,
+        )
+        if arguments.eval_only:
+            trainer.load(Path(arguments.run_dir))
+            trainer.evaluate(reestimate=False)
+        else:
+            trainer.fit()
+
+
+if __name__ == "__main__":
+    run_and_exit(main)
