@@ -105,14 +105,14 @@ def check_optimizer(path: str, block: Mapping[str, Any], *, torch_only: bool = F
     name = _optimizer_name(join(path, "type"), block.get("type"), torch_only=torch_only)
     params = block.get("params", {})
     params_path = join(path, "params")
-    fused = not torch_only and _is_fused(name, params)
-    allowed = list(DEEPSPEED_OPTIMIZERS[name]) if fused else _torch_parameters(name, params)
-    if not torch_only and name in ("Adam", "AdamW"):
-        allowed += [switch for switch in OPTIMIZER_SWITCHES if switch not in allowed]
     if "max_grad_norm" in params:
         raise ConfigError(
             f"{params_path}.max_grad_norm is not supported. Remove it and set the top-level gradient_clipping."
         )
+    fused = not torch_only and _is_fused(name, params)
+    allowed = list(DEEPSPEED_OPTIMIZERS[name]) if fused else _torch_parameters(name, params)
+    if not torch_only and name in ("Adam", "AdamW"):
+        allowed += [switch for switch in OPTIMIZER_SWITCHES if switch not in allowed]
     check_names(params_path, params, allowed)
     for key, value in params.items():
         check_value(
