@@ -41,11 +41,11 @@ def main() -> None:
     from dsaux.data import load_dataset
     from dsaux.report import open_report
 
-    dataset = load_dataset(config.dsaux.data)
     report = open_report(config, place=place, run_dir=arguments.run_dir, eval_only=arguments.eval_only)
     if arguments.eval_only:
         config = config.without_auxnet()
     with report:
+        dataset = load_dataset(config.dsaux.data)
         share_cores(place)
         device = start_process_group(config.dsaux.run.timeout_s)
 

@@ -68,7 +68,7 @@ def initialize(
     with _SWAP_LOCK:
         original = deepspeed.PipelineEngine
         deepspeed.PipelineEngine = functools.partial(
-            AuxPipelineEngine, settings=settings.dsaux, aux_optimizer=aux_optimizer(settings)
+            AuxPipelineEngine, settings=settings.dsaux, aux_optimizer=_aux_optimizer(settings)
         )
         try:
             result = deepspeed.initialize(
@@ -84,6 +84,9 @@ def initialize(
         finally:
             deepspeed.PipelineEngine = original
     set_group_timeouts(timedelta(seconds=settings.dsaux.run.timeout_s))
+    block = settings.deepspeed.get("activation_checkpointing")
+    if block:
+        _configure_checkpointing(result[0], block)
     return result  # type: ignore[no-any-return]
 
 
@@ -93,6 +96,24 @@ def set_group_timeouts(timeout: timedelta) -> None:
     set_timeout = getattr(torch.distributed, "set_timeout", None) or c10d._set_pg_timeout
     for group in list(c10d._world.pg_map):
         set_timeout(timeout, group)
+
+
+def _aux_optimizer(settings: Config) -> tuple[str, dict[str, Any]] | None:
+    pipeline = settings.dsaux.pipeline
+    return None if pipeline.schedule == "1f1b" or pipeline.stages == 1 else aux_optimizer(settings)
+
+
+def _configure_checkpointing(engine: AuxPipelineEngine, block: Mapping[str, Any]) -> None:
+    # DeepSpeed's engine reads the block but leaves this call to the user's script.
+    deepspeed.checkpointing.configure(
+        engine.mpu,
+        partition_activations=block.get("partition_activations"),
+        contiguous_checkpointing=block.get("contiguous_memory_optimization"),
+        num_checkpoints=block.get("number_checkpoints"),
+        checkpoint_in_cpu=block.get("cpu_checkpointing"),
+        synchronize=block.get("synchronize_checkpoint_boundary"),
+        profile=block.get("profile"),
+    )
 
 
 def _read(config: str | Path | Mapping[str, Any] | None) -> Config:

@@ -41,13 +41,13 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
 
     Args:
         settings: the checked `dsaux` block of the configuration.
-        aux_optimizer: name in `torch.optim` and parameters of the AuxNet's optimizer.
+        aux_optimizer: name in `torch.optim` and parameters of the AuxNet's optimizer; None where there is no AuxNet.
         args: arguments of DeepSpeed's `PipelineEngine`.
         kwargs: further arguments of it.
     """
 
     def __init__(
-        self, *args: Any, settings: DsauxConfig, aux_optimizer: tuple[str, dict[str, Any]], **kwargs: Any
+        self, *args: Any, settings: DsauxConfig, aux_optimizer: tuple[str, dict[str, Any]] | None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.module, AuxPipelineModule):
@@ -368,12 +368,16 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
             rank=self.global_rank,
             world_size=dist.get_world_size(),
             group=self.module.world_group,
-            make_optimizer=lambda parameters: make_aux_optimizer(parameters, *self._aux_optimizer),
+            make_optimizer=self._make_aux_optimizer,
             make_scheduler=self._make_aux_scheduler,
             clip_norm=self.gradient_clipping(),
             device=self.device,
             dtype=torch.float64 if exact else torch.float32,
         )
+
+    def _make_aux_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        assert self._aux_optimizer is not None, "initialize gives one wherever there is an AuxNet"
+        return make_aux_optimizer(parameters, *self._aux_optimizer)
 
     def _make_aux_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         if self.client_lr_scheduler is None:

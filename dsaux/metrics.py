@@ -21,6 +21,8 @@ RUNS_FOLDER = "runs"
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
+CHECKPOINT_FOLDER, CHECKPOINT_TAG = "checkpoint", "final"
+"""Where a run saves its network: run folder / checkpoint / final."""
 MISMATCH_LIMIT = 0.2
 """Relative mismatch that is too much; good runs have 0.01 to 0.05."""
 RECENT_STEPS = 20
@@ -201,17 +203,27 @@ def create_run_folder(run_dir: Path | None, name: str) -> RunFolder:
         number += 1
 
 
-def open_run_folder(path: Path) -> RunFolder:
-    """Open the folder of an earlier run, to add to it.
+def check_saved_run(path: Path) -> None:
+    """Refuse a folder that holds no finished run; reads only, so that every rank can call it.
 
     Raises:
-        ConfigError: if it is no run's folder, or cannot be written.
+        ConfigError: names what is missing.
     """
     if not (path / CONFIG_FILE).is_file():
         state = f"has no {CONFIG_FILE}" if path.is_dir() else "is not a folder"
-        raise ConfigError(
-            f"--run_dir {path} {state}; --eval_only needs the folder of a finished run. Give that folder."
-        )
+    elif not (path / CHECKPOINT_FOLDER / CHECKPOINT_TAG).is_dir():
+        state = f"has no saved network in {CHECKPOINT_FOLDER}/{CHECKPOINT_TAG}"
+    else:
+        return
+    raise ConfigError(f"--run_dir {path} {state}; --eval_only needs the folder of a finished run. Give that folder.")
+
+
+def open_run_folder(path: Path) -> RunFolder:
+    """Open the folder of an earlier run, which `check_saved_run` has let through, to add to it.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
     try:
         (path / METRICS_FILE).open("a").close()
     except OSError as error:

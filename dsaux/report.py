@@ -12,13 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import torch.distributed
-
 from dsaux.config import Config, ConfigError
 from dsaux.config_rules import show
 from dsaux.display import RunDisplay
 from dsaux.environment import describe_environment
-from dsaux.metrics import CONFIG_FILE, RunFolder, StageRow, create_run_folder, open_run_folder
+from dsaux.metrics import CONFIG_FILE, RunFolder, StageRow, check_saved_run, create_run_folder, open_run_folder
 from dsaux.runtime import Place
 
 if TYPE_CHECKING:  # the engine needs DeepSpeed, which is imported after the checks
@@ -60,6 +58,8 @@ class Report:
             partition: the cut that all ranks agreed on.
             place: this rank's place.
         """
+        import torch.distributed
+
         rows: list[StageRow] = [_stage_row(engine, partition=partition, place=place)] * place.world_size
         torch.distributed.all_gather_object(rows, rows[place.rank])
         if self.folder:
@@ -91,15 +91,16 @@ def open_report(config: Config, *, place: Place, run_dir: str | None, eval_only:
         raise ConfigError(
             "--run_dir is empty. Give the path of a folder, or leave it out for a numbered one under runs/."
         )
+    if eval_only:
+        _check_evaluation(config, run_dir)
+    elif run_dir is not None and Path(run_dir).is_file():
+        raise ConfigError(f"--run_dir {run_dir}: it is a file, not a folder. Give the path of a new folder.")
     if place.rank != 0:
         return Report(None, None)
     settings = config.dsaux
     environment = describe_environment(world_size=place.world_size)
     if eval_only:
-        if run_dir is None:
-            raise ConfigError("--eval_only needs --run_dir. Give the folder of a finished run.")
-        folder = open_run_folder(Path(run_dir))
-        _check_same_network(config, folder.path)
+        folder = open_run_folder(Path(str(run_dir)))
         folder.event("eval_only", environment=environment)
     else:
         folder = create_run_folder(Path(run_dir) if run_dir is not None else None, settings.run.name)
@@ -115,7 +116,12 @@ def open_report(config: Config, *, place: Place, run_dir: str | None, eval_only:
     return Report(folder, display)
 
 
-def _check_same_network(config: Config, path: Path) -> None:
+def _check_evaluation(config: Config, run_dir: str | None) -> None:
+    """Check on every rank that the folder holds a network, and that it is the configured one."""
+    if run_dir is None:
+        raise ConfigError("--eval_only needs --run_dir. Give the folder of a finished run.")
+    path = Path(run_dir)
+    check_saved_run(path)
     saved = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["dsaux"]
     given = config.to_dict()["dsaux"]
     for block, key in (("model", "name"), ("data", "name"), ("data", "image_size"), ("data", "test_samples")):

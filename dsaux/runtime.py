@@ -11,10 +11,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
+from dsaux.config_rules import ConfigError
 
-from dsaux.config import ConfigError
+if TYPE_CHECKING:  # takes seconds to import: what is wrong with the input is said before
+    import torch
 
 EXIT_BAD_INPUT = 2
 """Exit code for wrong configuration, data or launch."""
@@ -71,8 +73,13 @@ class Place:
         rank, world_size, local_rank = (int(given[name]) for name in names)
         if rank >= world_size:
             raise ConfigError(f"RANK is {rank} but WORLD_SIZE is {world_size}; ranks go from 0 to {world_size - 1}.")
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
-        return cls(rank, local_rank, world_size, local_world_size, socket.gethostname())
+        local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world_size)))
+        if not local.isdigit() or int(local) < 1:
+            raise ConfigError(
+                f"LOCAL_WORLD_SIZE (or LOCAL_SIZE) is {local!r}; it must be a whole number >= 1, the processes on this "
+                "host. Start train.py with deepspeed or torchrun, or unset it."
+            )
+        return cls(rank, local_rank, world_size, int(local), socket.gethostname())
 
 
 def share_cores(place: Place) -> int:
@@ -83,6 +90,8 @@ def share_cores(place: Place) -> int:
     Returns:
         Number of threads of this process.
     """
+    import torch
+
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // place.local_world_size))
@@ -100,11 +109,14 @@ def start_process_group(timeout_s: float, *, quiet: bool = True) -> torch.device
         The device of this process.
     """
     import deepspeed
+    import torch
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
     if quiet:
         logger.setLevel("WARNING")
+        # Its schedules ask themselves for a rate before the first step, and warn of it, in every run.
+        logger.addFilter(lambda record: "before it has started" not in record.getMessage())
     deepspeed.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(), timeout=timedelta(seconds=timeout_s), verbose=False
     )
@@ -115,6 +127,8 @@ def start_process_group(timeout_s: float, *, quiet: bool = True) -> torch.device
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory so far: allocated on the GPU, or resident in the whole process on a CPU."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -141,8 +155,8 @@ def run_and_exit(main: Callable[[], None]) -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    rank = int(os.environ.get("RANK", "0") or 0)
-    if rank != 0 and code == EXIT_BAD_INPUT:
+    rank = os.environ.get("RANK", "0")  # as text: it may be what is wrong
+    if rank != "0" and code == EXIT_BAD_INPUT:
         time.sleep(FIRST_RANK_HEAD_START_S)
     print(f"[rank {rank} on {socket.gethostname()}] {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -16,17 +16,24 @@ import torch
 import torch.distributed
 
 from dsaux.assemble import batchnorm_stream, training_stream
-from dsaux.config import Config, ConfigError, Launch
+from dsaux.config import Config, Launch
 from dsaux.data import ImageDataset, test_batches
 from dsaux.display import RunDisplay
 from dsaux.engine import AuxPipelineEngine
 from dsaux.evaluate import Evaluation, evaluate, reestimate_batchnorm
-from dsaux.metrics import EvalStats, FinalStats, MismatchAlarm, RunFolder, StepStats, ThroughputMeter
+from dsaux.metrics import (
+    CHECKPOINT_FOLDER,
+    CHECKPOINT_TAG,
+    EvalStats,
+    FinalStats,
+    MismatchAlarm,
+    RunFolder,
+    StepStats,
+    ThroughputMeter,
+)
 from dsaux.partition import Partition
 from dsaux.runtime import peak_memory_bytes
 
-CHECKPOINT_FOLDER = "checkpoint"
-CHECKPOINT_TAG = "final"
 WARMUP_STEPS = 5
 """Steps left out of the throughput: first allocations, the loader's start."""
 
@@ -131,14 +138,8 @@ class Trainer:
         return schedule if self.engine.schedule_name == schedule else f"{schedule}+{self.engine.schedule_name}"
 
     def load(self, folder: Path) -> None:
-        """Load the network that a run saved (any number of stages); the AuxNet and optimizers are not needed.
-
-        Raises:
-            ConfigError: if the folder holds no saved network.
-        """
+        """Load the network that a run saved, with any number of stages; the AuxNet and optimizers are not needed."""
         path = folder / CHECKPOINT_FOLDER / CHECKPOINT_TAG
-        if not path.is_dir():
-            raise ConfigError(f"--eval_only found no saved network in {path}; give the folder of a finished run.")
         self.engine.module.load_state_dir(str(path), self.engine.checkpoint_engine)
 
     # ---- parts ------------------------------------------------------------------------------------------------------

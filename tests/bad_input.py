@@ -321,13 +321,11 @@ _COMMAND_LINES = [
         "has no config.json",
         arguments=("--eval_only", "--run_dir", "{folder}/empty"),
         prepare=lambda folder: (folder / "empty").mkdir(),
-        on_rank_0_alone=True,
     ),
     BadInput(
         "evaluation of a missing folder",
         "is not a folder",
         arguments=("--eval_only", "--run_dir", "{folder}/missing"),
-        on_rank_0_alone=True,
     ),
     BadInput(
         "run folder that holds a run",
@@ -340,7 +338,6 @@ _COMMAND_LINES = [
         "run folder that is a file",
         "it is a file",
         arguments=("--run_dir", "{folder}/config.json"),
-        on_rank_0_alone=True,
     ),
 ]
 

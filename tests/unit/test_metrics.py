@@ -16,7 +16,14 @@ import torch
 from dsaux import environment, metrics
 from dsaux.config_rules import ConfigError
 from dsaux.environment import describe_environment
-from dsaux.metrics import MismatchAlarm, RunFolder, ThroughputMeter, create_run_folder, open_run_folder
+from dsaux.metrics import (
+    MismatchAlarm,
+    RunFolder,
+    ThroughputMeter,
+    check_saved_run,
+    create_run_folder,
+    open_run_folder,
+)
 
 
 class FakeClock:
@@ -160,8 +167,17 @@ def test_evaluation_needs_the_folder_of_a_run(tmp_path: Path, made: bool, reason
     if made:
         path.mkdir()
     with pytest.raises(ConfigError, match=f"{reason}; --eval_only needs the folder of a finished run"):
-        open_run_folder(path)
+        check_saved_run(path)
     assert path.exists() == made
+
+
+def test_evaluation_needs_a_saved_network(tmp_path: Path) -> None:
+    folder = create_run_folder(tmp_path / "a", "quick")
+    folder.write_config({})
+    with pytest.raises(ConfigError, match="has no saved network in checkpoint/final"):
+        check_saved_run(folder.path)
+    (folder.path / "checkpoint" / "final").mkdir(parents=True)
+    check_saved_run(folder.path)
 
 
 def test_an_opened_run_keeps_its_events(tmp_path: Path) -> None:

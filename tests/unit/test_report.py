@@ -90,6 +90,7 @@ def test_an_empty_run_dir_is_refused_on_every_rank(config: Config) -> None:
 
 def test_an_evaluation_adds_to_the_run_and_leaves_its_configuration(config: Config) -> None:
     open_new(config, "here")
+    Path("here/checkpoint/final").mkdir(parents=True)
     before = Path("here/config.json").read_bytes(), Path("here/environment.json").read_bytes()
     other = config_from_dict({**DOCUMENT, "train_batch_size": 16})
     report = open_report(other, place=place(world_size=4), run_dir="here", eval_only=True)
@@ -99,6 +100,18 @@ def test_an_evaluation_adds_to_the_run_and_leaves_its_configuration(config: Conf
     assert event["environment"]["world_size"] == 4
     assert report.display is not None
     assert "evaluation only, 2 stages x 2 replicas" in report.display.header
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("block", "key", "value"), [("model", "name", "resnet14"), ("data", "test_samples", 99)])
+def test_an_evaluation_of_another_network_is_refused_on_every_rank(
+    config: Config, rank: int, block: str, key: str, value: object
+) -> None:
+    open_new(config, "here")
+    Path("here/checkpoint/final").mkdir(parents=True)
+    other = config_from_dict(config.to_dict(), overrides=[f"dsaux.{block}.{key}={value}"])
+    with pytest.raises(ConfigError, match=f"dsaux.{block}.{key} is .* but the run in here was trained with"):
+        open_report(other, place=place(rank=rank), run_dir="here", eval_only=True)
 
 
 @pytest.mark.parametrize("run_dir", [None, "nowhere"])
