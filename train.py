@@ -47,7 +47,8 @@ def main() -> None:
     with report:
         dataset = load_dataset(config.dsaux.data)
         share_cores(place)
-        device = start_process_group(config.dsaux.run.timeout_s)
+        quiet = not config.deepspeed.get("wall_clock_breakdown", False)
+        device = start_process_group(config.dsaux.run.timeout_s, quiet=quiet)
 
         from dsaux.assemble import agree_on_partition, build_engine, network_layers
         from dsaux.trainer import Trainer, planned_steps

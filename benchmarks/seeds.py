@@ -80,6 +80,7 @@ def run(config: Path, *, num_processes: int, overrides: list[str], suite: str) -
             )
             return None
         events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        environment = json.loads((run_dir / "environment.json").read_text())
         return {
             "suite": suite,
             "case": config.stem,
@@ -87,7 +88,7 @@ def run(config: Path, *, num_processes: int, overrides: list[str], suite: str) -
             "overrides": overrides,
             "command_wall_s": round(wall_s, 1),
             "final": next(event for event in reversed(events) if event["event"] == "final"),
-            "environment": json.loads((run_dir / "environment.json").read_text()),
+            "environment": {key: value for key, value in environment.items() if key not in ("command", "host")},
         }
 
 

@@ -1,0 +1,82 @@
+"""Where a process stands, how cores are shared, and how a run ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsaux.config import ConfigError
+from dsaux.runtime import Place
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS", "SLURM_PROCID")
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in VARIABLES})
+
+
+def test_without_variables_this_is_the_only_process() -> None:
+    place = Place.from_environment()
+    assert (place.rank, place.world_size, place.local_rank) == (0, 1, 0)
+    assert os.environ["WORLD_SIZE"] == "1", "what starts later must see the same place"
+
+
+def test_a_launchers_variables_are_read() -> None:
+    os.environ.update(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
+    place = Place.from_environment()
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "needs RANK, WORLD_SIZE and LOCAL_RANK"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "as whole numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "ranks go from 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, "Slurm started 4 tasks"),
+    ],
+)
+def test_a_contradictory_environment_is_refused(variables: dict[str, str], message: str) -> None:
+    os.environ.update(variables)
+    with pytest.raises(ConfigError, match=message):
+        Place.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "last_line"),
+    [
+        ("pass", 0, None),
+        ("raise ConfigError('beta is -1')", 2, "error: beta is -1"),
+        ("raise RuntimeError('lost')", 1, "error: RuntimeError: lost"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_exit_code_and_last_line_of_a_run(body: str, code: int, last_line: str | None) -> None:
+    script = f"from dsaux.runtime import run_and_exit, ConfigError\ndef main():\n    {body}\nrun_and_exit(main)"
+    root = Path(__file__).resolve().parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=60)
+    assert done.returncode == code
+    lines = done.stderr.splitlines()
+    assert (lines[-1] if lines else None) == (
+        None if last_line is None else f"[rank 0 on {os.uname().nodename}] {last_line}"
+    )
+    assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_cores_are_divided_among_the_processes_of_a_host() -> None:
+    script = (
+        "from dsaux.runtime import Place, share_cores; import os\n"
+        "cores = len(os.sched_getaffinity(0))\n"
+        "assert share_cores(Place(0, 0, 2, 2, 'here')) == max(1, cores // 2)\n"
+        "assert share_cores(Place(0, 0, 64, 64, 'here')) == max(1, cores // 64)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    root = Path(__file__).resolve().parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr
