@@ -72,6 +72,8 @@ def seeds_table() -> str:
         accuracy = [final["test_accuracy"] for final in finals]
         speed = [final["train_samples_per_s"] for final in finals]
         command_s = statistics.median(member["command_wall_s"] for member in members)
+        # More ranks than cores: times would say how the cores were shared, not how fast the schedule is.
+        has_cores = all(member["num_processes"] <= member["environment"]["cores"] for member in members)
         cells = [
             suite,
             str(stages),
@@ -79,8 +81,8 @@ def seeds_table() -> str:
             f"`{method}`",
             f"{statistics.mean(accuracy):.3f} ({min(accuracy):.3f} to {max(accuracy):.3f})",
             str(len(finals)),
-            f"{statistics.median(speed):.0f} ({min(speed):.0f} to {max(speed):.0f})",
-            f"{command_s:.0f} s",
+            f"{statistics.median(speed):.0f} ({min(speed):.0f} to {max(speed):.0f})" if has_cores else "-",
+            f"{command_s:.0f} s" if has_cores else "-",
             mean_mismatch(finals),
         ]
         lines.append("| " + " | ".join(cells) + " |")

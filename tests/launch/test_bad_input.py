@@ -28,8 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORLD_SIZE = 2
 TIME_LIMIT_S = 60.0
 LAUNCHER_GRACE_S = 10.0
-"""How long after one failed rank a launcher of ours ends the others; train.py's other ranks speak after 3"
-" s."""
+"""How long after one failed rank a launcher of ours ends the others; train.py's other ranks speak after 3 s."""
 CASES_AT_A_TIME = 8
 OUR_VARIABLES = re.compile(r"RANK|WORLD_SIZE|LOCAL_.*|MASTER_.*|SLURM_.*|OMPI_.*|PMI_.*|TORCHELASTIC_.*")
 

@@ -37,7 +37,14 @@ def row(accuracy: float, *, seed: int, speed: float = 200.0) -> dict[str, Any]:
         "versions": {"torch": "1", "deepspeed": "2", "dali": None},
         "started_utc": "2026-01-02T03:04:05+00:00",
     }
-    return {"suite": "s", "case": "c", "command_wall_s": 100.0, "final": final, "environment": environment}
+    return {
+        "suite": "s",
+        "case": "c",
+        "num_processes": 2,
+        "command_wall_s": 100.0,
+        "final": final,
+        "environment": environment,
+    }
 
 
 def test_the_table_has_mean_range_and_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
