@@ -6,15 +6,27 @@ process group starts.
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
-from dsaux.config import check_launch, load_config
+from dsaux.config import ConfigError, check_launch, load_config
+from dsaux.config_rules import suggestion
 from dsaux.runtime import Place, run_and_exit, share_cores, start_process_group
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # As any other wrong input: one line from rank 0, not a usage text from every rank.
+        raise ConfigError(f"{message}. Run python train.py --help.")
+
+
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Layer-parallel training with dsaux.", allow_abbrev=False)
-    parser.add_argument("--ds_config", required=True, metavar="FILE", help="DeepSpeed JSON with a dsaux block")
+    """Read the command line.
+
+    Raises:
+        ConfigError: if an option is unknown, lacks its value or is missing.
+    """
+    parser = _Parser(description="Layer-parallel training with dsaux.", allow_abbrev=False)
+    parser.add_argument("--ds_config", metavar="FILE", help="DeepSpeed JSON with a dsaux block; required")
     parser.add_argument(
         "--set",
         action="append",
@@ -24,10 +36,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run_dir", metavar="DIR", help="run folder (default: runs/<dsaux.run.name>, numbered)")
     parser.add_argument("--eval_only", action="store_true", help="evaluate the network saved in --run_dir")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    arguments = parser.parse_args()
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # added by the deepspeed launcher
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        options = ["--ds_config", "--set", "--run_dir", "--eval_only"]
+        raise ConfigError(f"{unknown[0]} is not an option of train.py. {suggestion(unknown[0], options)}")
+    if arguments.ds_config is None:
+        raise ConfigError("--ds_config is missing. Give a file, e.g. --ds_config ds_configs/quickstart.json.")
     if arguments.eval_only and arguments.run_dir is None:
-        parser.error("--eval_only needs --run_dir, the folder of a finished run")
+        raise ConfigError("--eval_only needs --run_dir. Give the folder of a finished run.")
     return arguments
 
 

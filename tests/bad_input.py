@@ -306,9 +306,10 @@ _FILES = [
 ]
 
 _COMMAND_LINES = [
-    BadInput("no configuration", "--ds_config", config=None),
-    BadInput("unknown option", "unrecognized arguments: --epochs", arguments=("--epochs", "3")),
-    BadInput("shortened option", "unrecognized arguments", arguments=("--eval",)),
+    BadInput("no configuration", "--ds_config is missing", config=None),
+    BadInput("unknown option", "--epochs is not an option of train.py", arguments=("--epochs", "3")),
+    BadInput("shortened option", "Did you mean --eval_only?", arguments=("--eval",)),
+    BadInput("option without its value", "--run_dir: expected one argument", arguments=("--run_dir",)),
     BadInput("override without =", "is not of the form", arguments=("--set", "dsaux.aux.beta")),
     BadInput("override without a key", "is not of the form", arguments=("--set", "=3")),
     BadInput("override of a misspelt key", "Did you mean beta?", arguments=("--set", "dsaux.aux.bta=3")),

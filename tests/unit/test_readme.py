@@ -69,6 +69,10 @@ def test_the_tables_are_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_place_is_left_to_be_filled_in() -> None:
+    assert "@@" not in README
+
+
 def test_every_link_leads_to_a_file() -> None:
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
     assert targets
