@@ -76,7 +76,11 @@ class WorkerLoader:
         """
         if self._batches is None:
             self._batches = iter(self._data_loader())
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self.close()  # else PyTorch raises the death of a worker again with every child process that ends
+            raise
         self._position += 1
         return self._normalise(batch)
 
