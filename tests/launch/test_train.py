@@ -122,7 +122,7 @@ def test_uneven_stages_with_replicas_and_every_option_of_deepspeed(tmp_path: Pat
         wall_clock_breakdown=True,
         pipeline={"activation_checkpoint_interval": 1},
         csv_monitor={"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "small"},
-        tensorboard={"enabled": False},
+        tensorboard={"enabled": True, "output_path": str(tmp_path / "board"), "job_name": "small"},
         dsaux={"pipeline": {"partition": [1]}, "data": {"loader": "torch"}, "run": {"max_steps": 12}},
     )
     final = last(found, "final")
@@ -132,6 +132,7 @@ def test_uneven_stages_with_replicas_and_every_option_of_deepspeed(tmp_path: Pat
     assert "aux_forward" in output, "wall_clock_breakdown shows the AuxNet's timers"
     (losses,) = (tmp_path / "csv").rglob("*train_loss*.csv")
     rows = list(csv.reader(losses.open()))
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
     assert len(rows) > 1
     assert all(float(row[1]) > 0 for row in rows[1:])
 
