@@ -85,16 +85,12 @@ class RunDisplay:
         self._layers: dict[int, str] = {}
         self._num_stages = stages
         self._live: Live | None = None
+        self._is_entered = False
         self._is_live = self.console.is_terminal and not self.console.is_dumb_terminal
 
     def __enter__(self) -> RunDisplay:
-        if self._is_live:
-            self._live = Live(get_renderable=self.frame, console=self.console, refresh_per_second=REDRAWS_PER_S)
-            self._live.start(refresh=True)
-            # A launcher that ends this process by a signal would leave the terminal without its cursor.
-            self.console.show_cursor(True)
-        else:
-            self.message(f"{self.name}: {self.header}")
+        self._is_entered = True
+        self.message(f"{self.name}: {self.header}")
         return self
 
     def __exit__(
@@ -120,15 +116,26 @@ class RunDisplay:
             columns, cells = _without(1, columns), [_without(1, row) for row in cells]
         self.console.print(rich_table(columns, cells))
         self.console.print()
+        self._show_panel()
 
     def step(self, stats: StepStats) -> None:
         """Show the figures of one log line."""
         self._left_s = self._pace.left_s(stats, now=self._clock())
         self._step = stats
+        if self._is_live:
+            self._show_panel()
+        else:
+            self._line(step_line(stats, self._left_s))
+
+    def _show_panel(self) -> None:
+        # Not before: while the ranks start, libraries of all of them write to this terminal and would tear the panel.
         if self._live:
             self._live.refresh()
-        elif not self._is_live:
-            self._line(step_line(stats, self._left_s))
+        elif self._is_entered:
+            self._live = Live(get_renderable=self.frame, console=self.console, refresh_per_second=REDRAWS_PER_S)
+            self._live.start(refresh=True)
+            # A launcher that ends this process by a signal would leave the terminal without its cursor.
+            self.console.show_cursor(True)
 
     def evaluation(self, stats: EvalStats) -> None:
         """Show the figures of one evaluation; they stay in view above the panel."""
@@ -183,6 +190,7 @@ class RunDisplay:
     # ---- parts ----
 
     def _stop(self) -> None:
+        self._is_entered = False
         if self._live:
             self._live.stop()
             self._live = None

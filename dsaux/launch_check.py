@@ -78,6 +78,7 @@ def check_launch(config: Config, *, world_size: int) -> Launch:
         )
     check_samples(config, train_batch_size=train)
     _check_switch(config, train_batch_size=train)
+    _check_warmup(config, train_batch_size=train)
     check_dataset(config.dsaux.data)
     _check_monitors(config.deepspeed)
     return Launch(
@@ -88,6 +89,23 @@ def check_launch(config: Config, *, world_size: int) -> Launch:
         micro_batch_size=micro,
         gradient_accumulation_steps=steps,
     )
+
+
+def _check_warmup(config: Config, *, train_batch_size: int) -> None:
+    """Refuses a warm-up that is longer than the run, where the schedule takes its length from the run."""
+    params = config.deepspeed.get("scheduler", {}).get("params", {})
+    warmup = params.get("warmup_num_steps")
+    if params.get("total_num_steps") != "auto" or warmup is None:
+        return
+    run = config.dsaux.run
+    epochs = run.epochs - (run.exact_epochs if run.exact_lr is not None else 0)
+    steps = epochs * (config.dsaux.data.train_samples // train_batch_size)
+    steps = steps if run.max_steps is None else min(steps, run.max_steps)
+    if warmup > steps:
+        raise ConfigError(
+            f'scheduler.params.warmup_num_steps is {warmup} but with total_num_steps "auto" the schedule has the'
+            f" run's {steps} steps. Set warmup_num_steps to {steps} or less, or train for more steps."
+        )
 
 
 def _check_switch(config: Config, *, train_batch_size: int) -> None:

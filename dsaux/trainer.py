@@ -77,6 +77,7 @@ class Trainer:
         self.peak_memory: tuple[int, ...] = ()
         self.mismatch: tuple[float, ...] = ()
         self.step = self.logged_step = 0
+        self.is_loaded = False
 
     def fit(self) -> Evaluation:
         """Train to the end, evaluate, save the network; returns the last evaluation."""
@@ -133,12 +134,15 @@ class Trainer:
 
     @property
     def method(self) -> str:
-        """Schedule of the run so far: penalty, 1f1b, or penalty+1f1b after the switch to exact epochs."""
+        """Schedule of the run so far: penalty, 1f1b, penalty+1f1b with exact epochs behind it; or "saved network"."""
+        if self.is_loaded:
+            return "saved network"
         schedule = self.settings.pipeline.schedule
         return schedule if self.engine.schedule_name == schedule else f"{schedule}+{self.engine.schedule_name}"
 
     def load(self, folder: Path) -> None:
         """Load the network that a run saved, with any number of stages; the AuxNet and optimizers are not needed."""
+        self.is_loaded = True
         path = folder / CHECKPOINT_FOLDER / CHECKPOINT_TAG
         self.engine.module.load_state_dir(str(path), self.engine.checkpoint_engine)
 

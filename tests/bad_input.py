@@ -251,6 +251,13 @@ _CONTRADICTIONS = [
 ]
 
 _DOES_NOT_FIT = [
+    _set(
+        "warm-up longer than the run",
+        "scheduler.params.total_num_steps",
+        "auto",
+        "the schedule has the run's 1 steps",
+        **{"dsaux.run.max_steps": 1},
+    ),
     _set("stages that do not divide the processes", "dsaux.pipeline.stages", 4, "but 2 processes were started"),
     _set("more stages than layers", "dsaux.pipeline.stages", 6, "resnet8 has 5 layers"),
     _set("too few cuts", "dsaux.pipeline.partition", [], "it must have 1"),

@@ -314,8 +314,8 @@ def test_messages_and_warnings_are_printed_beside_the_panel() -> None:
 
 def test_an_error_stops_the_panel_and_leaves_the_cursor_visible() -> None:
     screen = Screen(is_terminal=True)
-    screen.display.step(STEP)
     with pytest.raises(RuntimeError, match="broken"), screen.display:
+        screen.display.step(STEP)
         raise RuntimeError("broken")
     written = screen.written()
     assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l") >= 0
@@ -324,9 +324,18 @@ def test_an_error_stops_the_panel_and_leaves_the_cursor_visible() -> None:
     assert screen.written().endswith("after\n")
 
 
+def test_the_panel_does_not_open_before_the_ranks_stand() -> None:
+    screen = Screen(is_terminal=True)
+    with screen.display:
+        assert "\x1b" not in screen.written(), "nothing that other output could tear"
+        screen.display.stages(stage_rows(replicas=1))
+        assert "\x1b" in screen.written()
+
+
 def test_a_process_that_is_ended_by_a_signal_leaves_the_cursor_visible() -> None:
     screen = Screen(is_terminal=True)
     with screen.display:
+        screen.display.stages(stage_rows(replicas=1))
         written = screen.written()
         assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l") >= 0
 
