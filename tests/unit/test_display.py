@@ -312,11 +312,16 @@ def test_messages_and_warnings_are_printed_beside_the_panel() -> None:
     assert "test  top-1 0.412" in text
 
 
-def test_an_error_stops_the_panel_and_leaves_the_cursor_visible() -> None:
-    screen = Screen(is_terminal=True)
-    with pytest.raises(RuntimeError, match="broken"), screen.display:
+def _fail_in_a_step(screen: Screen) -> None:
+    with screen.display:
         screen.display.step(STEP)
         raise RuntimeError("broken")
+
+
+def test_an_error_stops_the_panel_and_leaves_the_cursor_visible() -> None:
+    screen = Screen(is_terminal=True)
+    with pytest.raises(RuntimeError, match="broken"):
+        _fail_in_a_step(screen)
     written = screen.written()
     assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l") >= 0
     assert written.removesuffix("\x1b[?25h").endswith("\n")
