@@ -78,6 +78,12 @@ class WorkerLoader:
             self._batches = iter(self._data_loader())
         try:
             batch = next(self._batches)
+        except (EOFError, ConnectionError) as error:
+            self.close()
+            raise RuntimeError(
+                "a worker process of the torch loader ended before it had handed over its batch (killed, or out of "
+                "memory). Start the run again, with fewer dsaux.data.workers if memory is short."
+            ) from error
         except BaseException:
             self.close()  # else PyTorch raises the death of a worker again with every child process that ends
             raise
@@ -94,6 +100,8 @@ class WorkerLoader:
             batch_size=None,  # the sampler's item is the position of a whole batch
             sampler=_PositionsFrom(self._position),
             num_workers=self._workers,
+            # Not forked from here: a copy of a process with threads (DeepSpeed's, gloo's, DALI's) can crash.
+            multiprocessing_context="forkserver",
             timeout=WORKER_TIMEOUT_S,
             pin_memory=self._pinned,
             generator=torch.Generator(),  # workers' seeds, unused, are else drawn from the global one
