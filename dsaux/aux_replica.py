@@ -1,11 +1,13 @@
 """One rank's replica of the AuxNet and everything that keeps the replicas equal.
 
-Used by the engine. All ranks hold the same AuxNet. In a step each adds the gradient of the forces it computed; one
+Used by the engine. All ranks hold the same AuxNet. In a tick each adds the gradient of the forces it computed; one
 all-reduce over all processes sums them over the pipe group and averages them over the data group, and every replica
 takes the same optimizer step, so the replicas stay bit-identical. The same message carries the handful of numbers that
-all ranks want to know, so that a step needs no second collective:
+all ranks want to know, so that a tick needs no second collective:
 
-    [ AuxNet's gradients | variance of each boundary | mismatch of each boundary | loss | batch digest of each rank ]
+    [ AuxNet's gradients | variance, mismatch, adjoint of each boundary | loss | batch digest of each rank ]
+
+There are two such messages: one is filled while the other is under way, so that a sum may run under the next tick.
 """
 
 from __future__ import annotations
@@ -20,25 +22,54 @@ from torch import Tensor
 
 from dsaux.models.auxnet import AuxNet
 from dsaux.objective import updated_variance
+from dsaux.transfers import WaitMeter
+from dsaux.wavefront import Tick
 
 
 @dataclass(frozen=True)
 class TickReport:
-    """What all ranks know after a step.
+    """What all ranks know when the sum of a tick has come.
 
     Attributes:
-        loss: loss of the last stage, mean over the global batch; scalar.
+        tick: which batches the stages treated.
+        loss: loss of the last stage, mean over the global batch; scalar, 0 where no batch entered.
         mismatch: relative mismatch per boundary, mean over micro-batches and replicas; shape (K-1,).
+        adjoint: norm of the adjoint over that of the coupling force per boundary, mean likewise; shape (K-1,).
         digests: batch digest per global rank, 0 where none was contributed; shape (world size,).
+        has_boundary: boundaries whose lower stage had a batch; the others hold zeros; shape (K-1,).
     """
 
+    tick: Tick
     loss: Tensor
     mismatch: Tensor
+    adjoint: Tensor
     digests: Tensor
+    has_boundary: Tensor
+
+
+class _Message:
+    """One buffer and the parts of it, which are views: writing to a part writes to the message."""
+
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        num_boundaries: int,
+        world_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        sizes = [parameter.numel() for parameter in parameters]
+        lengths = [sum(sizes), num_boundaries, num_boundaries, num_boundaries, 1, world_size]
+        self.data = torch.zeros(sum(lengths), device=device, dtype=dtype)
+        parts = torch.split(self.data, lengths)
+        self.gradients, self.variances, self.mismatches, self.adjoints, self.loss, self.digests = parts
+        views = zip(torch.split(self.gradients, sizes), parameters, strict=True) if parameters else ()
+        self.views = [part.view_as(parameter) for part, parameter in views]
 
 
 class AuxReplica:
-    """The AuxNet of this rank, its optimizer and learning-rate schedule, and the one message of a step.
+    """The AuxNet of this rank, its optimizer and learning-rate schedule, and the one message of a tick.
 
     Args:
         net: the AuxNet, already on its device; None when there is no boundary (K = 1).
@@ -52,6 +83,7 @@ class AuxReplica:
         clip_norm: largest norm of the summed gradient; 0 switches clipping off.
         device: where the message lives.
         dtype: precision of the message (float32, or float64 for a float64 AuxNet).
+        meter: counts the time that is lost in the wait for the sum.
     """
 
     def __init__(
@@ -68,69 +100,98 @@ class AuxReplica:
         clip_norm: float,
         device: torch.device,
         dtype: torch.dtype,
+        meter: WaitMeter,
     ) -> None:
         self.net = net
         self.num_replicas, self.rank, self.world_size = num_replicas, rank, world_size
-        self.group, self.clip_norm = group, clip_norm
+        self.group, self.clip_norm, self.meter = group, clip_norm, meter
         self.parameters: list[Tensor] = [] if net is None else [p for p in net.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters) if self.parameters else None
         self.scheduler = None if self.optimizer is None else make_scheduler(self.optimizer)
         self.variance = torch.full((num_boundaries,), float("nan"), device=device, dtype=dtype)
         """Running variance of each boundary's auxiliary variable; NaN until the first step has ended."""
 
-        num_weights = sum(parameter.numel() for parameter in self.parameters)
-        self._message = torch.zeros(num_weights + 2 * num_boundaries + 1 + world_size, device=device, dtype=dtype)
-        lengths = [num_weights, num_boundaries, num_boundaries, 1, world_size]
-        parts = torch.split(self._message, lengths)  # views: writing to a part writes to the message
-        self._gradients, self._variances, self._mismatches, self._loss, self._digests = parts
+        self._filled, self._summed = (
+            _Message(self.parameters, num_boundaries, world_size, device=device, dtype=dtype) for _ in range(2)
+        )
         self._work: Any = None
-        self._share_gradients()
+        self._tick = Tick(())
+        self._share_gradients(self._filled)
         self._broadcast_weights()
 
     def begin(self) -> None:
-        """Clear the message for a new step."""
-        self._message.zero_()
-        self._share_gradients()
+        """Clear the message for a new tick."""
+        self._filled.data.zero_()
+        self._share_gradients(self._filled)
 
-    def add_boundary(self, boundary: int, *, variance: Tensor, mismatch: Tensor, weight: float) -> None:
-        """Add one micro-batch's variance and mismatch of a boundary; `weight` is 1 / micro-batches."""
-        self._variances[boundary] += weight * variance
-        self._mismatches[boundary] += weight * mismatch
+    def add_boundary(
+        self, boundary: int, *, variance: Tensor, mismatch: Tensor, adjoint: Tensor | float, weight: float
+    ) -> None:
+        """Add one micro-batch's figures of a boundary; `weight` is 1 / micro-batches."""
+        self._filled.variances[boundary] += weight * variance
+        self._filled.mismatches[boundary] += weight * mismatch
+        self._filled.adjoints[boundary] += weight * adjoint
 
     def add_loss(self, loss: Tensor, *, weight: float) -> None:
         """Add one micro-batch's loss of the last stage; `weight` is 1 / micro-batches."""
-        self._loss += weight * loss.detach()
+        self._filled.loss += weight * loss.detach()
 
     def add_digest(self, digest: int) -> None:
         """Add the digest of the batch that this rank saw, below 2**24 so that float32 holds it exactly."""
-        self._digests[self.rank] = digest
+        self._filled.digests[self.rank] = digest
 
-    def start_sum(self) -> None:
-        """Start the all-reduce over all ranks; pairs with :meth:`finish_sum`, which waits for it."""
+    def start_sum(self, tick: Tick) -> None:
+        """Start the all-reduce over all ranks; pairs with :meth:`finish_sum`, which waits for it.
+
+        What is added from now on goes into the other message.
+
+        Args:
+            tick: which batches the stages have treated, the same on every rank.
+        """
+        assert self._work is None, "the sum before has not been awaited"
+        self._filled, self._summed, self._tick = self._summed, self._filled, tick
         if self.world_size > 1:
-            self._work = dist.all_reduce(self._message, group=self.group, async_op=True)
+            self._work = dist.all_reduce(self._summed.data, group=self.group, async_op=True)
+        self.begin()
 
     def finish_sum(self) -> TickReport:
         """Wait for the sum, refresh the running variances and return what it brought."""
         if self._work is not None:
-            self._work.wait()
+            self.meter.wait(self._work)
             self._work = None
-        digests = self._digests.clone()
+        message = self._summed
+        digests = message.digests.clone()
         if self.num_replicas > 1:
-            self._message.div_(self.num_replicas)
+            message.data.div_(self.num_replicas)
+        has_boundary = torch.tensor(
+            [step is not None for step in self._tick.steps[:-1]], dtype=torch.bool, device=self.variance.device
+        )
         if self.net is not None:
-            self.variance = updated_variance(self.variance, self._variances)
-        return TickReport(loss=self._loss[0].clone(), mismatch=self._mismatches.clone(), digests=digests)
+            updated = updated_variance(self.variance, message.variances)
+            self.variance = torch.where(has_boundary, updated, self.variance)
+        return TickReport(
+            tick=self._tick,
+            loss=message.loss[0].clone(),
+            mismatch=message.mismatches.clone(),
+            adjoint=message.adjoints.clone(),
+            digests=digests,
+            has_boundary=has_boundary,
+        )
 
     def step(self) -> None:
-        """Clip and take the optimizer's step on the summed gradients; the same on every rank."""
+        """Clip and take the optimizer's step on the summed gradients; the same on every rank.
+
+        The learning rate follows the batches that enter: it rests in the ticks that drain the wavefront.
+        """
         if self.optimizer is None:
             return
         if self.clip_norm > 0:
-            norm = torch.linalg.vector_norm(self._gradients)
-            self._gradients.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            norm = torch.linalg.vector_norm(self._summed.gradients)
+            self._summed.gradients.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._share_gradients(self._summed)
         self.optimizer.step()
-        if self.scheduler is not None:
+        self._share_gradients(self._filled)
+        if self.scheduler is not None and self._tick.has_new_batch:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,14 +210,10 @@ class AuxReplica:
             self.scheduler.load_state_dict(state["scheduler"])
         self.variance.copy_(state["variance"])
 
-    def _share_gradients(self) -> None:
+    def _share_gradients(self, message: _Message) -> None:
         # Autograd adds into `.grad` in place, that is straight into the message: no copy before or after the sum.
-        offset = 0
-        for parameter in self.parameters:
-            view = self._gradients[offset : offset + parameter.numel()].view_as(parameter)
-            if parameter.grad is None or parameter.grad.data_ptr() != view.data_ptr():
-                parameter.grad = view
-            offset += parameter.numel()
+        for parameter, view in zip(self.parameters, message.views, strict=True):
+            parameter.grad = view
 
     def _broadcast_weights(self) -> None:
         # Replicas are built from one seed; libraries of two versions could still draw two sets of weights.

@@ -105,8 +105,9 @@ class PipelineConfig:
     )
     schedule: str = _choice(
         "penalty",
-        ("penalty", "1f1b"),
-        "Decoupled training by the penalty method, or DeepSpeed's own exact back-propagation.",
+        ("penalty", "al", "1f1b"),
+        "Decoupled training by the penalty or the augmented Lagrangian method, or DeepSpeed's own exact"
+        " back-propagation.",
     )
 
 
@@ -125,6 +126,12 @@ class AuxConfig:
         "light", ("light", "full"), "Segments work at half the boundary's resolution, or at all of it."
     )
     scaled: bool = _flag(True, "Divide the coupling by the running variance of each boundary.")
+    transport: str = _choice(
+        "full", ("full", "bf16"), "al: precision of the refreshed variables on their way to the stage before."
+    )
+    overlap: bool = _flag(
+        False, "al: let the sum of the AuxNet's gradients run under the next tick; the AuxNet steps one tick late."
+    )
     optimizer: Mapping[str, Any] | None = _key(
         None,
         Rule("block", keys={"type": Rule("text"), "params": Rule("block")}, null=True),

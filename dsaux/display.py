@@ -229,7 +229,6 @@ class RunDisplay:
         return grid
 
     def _stage_table(self, stats: StepStats) -> Table:
-        self._num_stages - 1
         cells = []
         for stage in range(self._num_stages):
             loss = stats.stage_loss[stage] if stage < len(stats.stage_loss) else None
@@ -239,6 +238,8 @@ class RunDisplay:
                     self._layers.get(stage, "-"),
                     "-" if loss is None else f"{loss:.3g}",
                     mismatch_figure(stats.boundary_mismatch[stage]) if stage < len(stats.boundary_mismatch) else "-",
+                    figure(stats.boundary_adjoint[stage]) if stage < len(stats.boundary_adjoint) else "-",
+                    figure(stats.waited_ticks[stage]) if stage < len(stats.waited_ticks) else "-",
                     memory(stats.peak_memory_bytes[stage]) if stage < len(stats.peak_memory_bytes) else "-",
                 ]
             )
@@ -247,6 +248,8 @@ class RunDisplay:
             Column("layers", is_text=True),
             Column("local loss"),
             Column("mismatch\nto next"),
+            Column("adjoint/\ncoupling"),
+            Column("ticks\nwaited"),
             Column("peak memory"),
         ]
         return rich_table(columns, cells)

@@ -109,6 +109,7 @@ def summary(stats: FinalStats, path: str) -> list[tuple[str, str]]:
         f"{mismatch_figure(value)} (stages {boundary}-{boundary + 1})"
         for boundary, value in enumerate(stats.boundary_mismatch)
     )
+    waits = ", ".join(f"{100 * share:.1f} % (stage {stage})" for stage, share in enumerate(stats.wait_share))
     peaks = ", ".join(f"{memory(size)} (stage {stage})" for stage, size in enumerate(stats.peak_memory_bytes))
     return [
         ("network", f"{stats.model} on {stats.data}, seed {stats.seed}"),
@@ -124,6 +125,7 @@ def summary(stats: FinalStats, path: str) -> list[tuple[str, str]]:
             f"{throughput(stats.train_samples_per_s)} samples/s while training",
         ),
         ("wall time", duration(stats.wall_s)),
+        ("waits", waits or "-"),
         ("mismatch", mismatches or "-"),
         ("peak memory", peaks or "-"),
         ("run folder", path),

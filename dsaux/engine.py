@@ -1,43 +1,49 @@
-"""The engine: DeepSpeed's `PipelineEngine` with instructions for layer-parallel training.
+"""The engine: DeepSpeed's `PipelineEngine` with schedules for layer-parallel training.
 
-`dsaux.initialize` makes it; the trainer calls `train_batch` and `forward_chain`. A local schedule (penalty) runs on
-DeepSpeed's own `_exec_schedule`; `1f1b` is DeepSpeed's own `TrainSchedule` on the same module, data and optimizer.
-Formulas are in `dsaux.objective`, the AuxNet's side of a step in `dsaux.aux_replica`.
+`dsaux.initialize` makes it; the trainer calls `train_batch`, `drain` and `forward_chain`. A local schedule (`penalty`,
+`al`) runs on DeepSpeed's own `_exec_schedule`, with the instructions of `dsaux.local_step`; `1f1b` is DeepSpeed's own
+`TrainSchedule` on the same module, data and optimizer.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
 from torch import Tensor
 
-from dsaux import objective
 from dsaux.aux_replica import AuxReplica
 from dsaux.config import DsauxConfig
-from dsaux.data.guard import batch_digest
+from dsaux.data.guard import BatchGuard
+from dsaux.local_step import NO_DATA, LocalStepEngine
 from dsaux.module import AuxPipelineModule
 from dsaux.optim import CosineTail, make_aux_optimizer
-from dsaux.schedules import SCHEDULES, instructions
+from dsaux.schedules import instructions
+from dsaux.schedules.lagrangian import LagrangianSchedule
+from dsaux.schedules.penalty import PenaltySchedule
+from dsaux.transfers import VariableReceiver, VariableSender, boundary_groups
+from dsaux.wavefront import Tick, Wavefront
 
-AUX_FORWARD_TIMER = "aux_forward"
-AUX_BACKWARD_TIMER = "aux_backward"
-AUX_REDUCE_TIMER = "aux_reduce"
-AUX_STEP_TIMER = "aux_step"
-AUX_TIMERS = (AUX_FORWARD_TIMER, AUX_BACKWARD_TIMER, AUX_REDUCE_TIMER, AUX_STEP_TIMER)
+_LAGS = {"penalty": 0, "al": 1, "1f1b": 0}
+"""Ticks between a stage and the one before it."""
 
 
-class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
+class AuxPipelineEngine(LocalStepEngine):
     """Trains an :class:`~dsaux.AuxPipelineModule`, each stage on its own local loss.
 
     Made by :func:`dsaux.initialize`, never directly. `train_batch`, `eval_batch`, `save_checkpoint` and
     `load_checkpoint` keep DeepSpeed's meaning; the data iterator must be given on every rank, and all ranks of a
     replica must see the same batches.
+
+    Under `al` the stages work on different batches at a time: a call of `train_batch` treats its batch on the last
+    stage and the batches of the K-1 calls before on the other ones, each stage reading its iterator when its turn
+    comes. The engine catches up (:meth:`drain`) before an evaluation, a checkpoint or a change of schedule; a script
+    that looks at weights after its last call does so itself.
 
     Args:
         settings: the checked `dsaux` block of the configuration.
@@ -52,7 +58,8 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         if not isinstance(self.module, AuxPipelineModule):
             raise TypeError(f"model is {type(self.module).__name__}; dsaux.initialize needs a dsaux.AuxPipelineModule.")
-        self.settings, self._aux_optimizer = settings, aux_optimizer
+        self._init_local_step(settings)
+        self._aux_optimizer = aux_optimizer
         self.schedule_name = settings.pipeline.schedule
         if self.schedule_name != "1f1b" and self.num_stages > 1 and self.module.aux_net is None:
             raise ValueError(
@@ -61,20 +68,14 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
             )
         if self.bfloat16_enabled():
             self.module.keep_batchnorm_in_float32()
-        self.batch_fn = self._to_device
         self._keep_norms_local()
         if not self.is_data_parallel and self.optimizer is self.basic_optimizer:
             # One replica and no wrapped optimizer: there is nothing to reduce, and flattening would only cost time.
             self.pipeline_enable_backward_allreduce = False
         self.aux = self._make_aux_replica()
-        self.pipe_buffers.update({"variables": [], "stage_inputs": []})
-        self.train_loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
-        self.train_hits = torch.zeros((), device=self.device, dtype=torch.float64)
-        self.train_samples = 0
-        self._output_fn: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._digest = self._this_step = 0
-        self.boundary_mismatch = torch.zeros(0)
-        """Relative mismatch per boundary of the last local step, shape (K-1,); empty under 1f1b."""
+        self.wavefront = Wavefront(self.num_stages, self.stage_id, lag=_LAGS[self.schedule_name])
+        self._boundary_groups = boundary_groups(self.grid.pipe_groups) if self.schedule_name == "al" else {}
+        self._open_boundaries()
 
     # ---- schedules ------------------------------------------------------------------------------------------------
 
@@ -83,20 +84,38 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
         """True while stages train on local losses, False under 1f1b."""
         return self.schedule_name != "1f1b"
 
-    def _train_schedule(self) -> Any:
-        return SCHEDULES[self.schedule_name](self.micro_batches, self.num_stages, self.stage_id)
+    def _train_schedule(self) -> PipeSchedule:
+        shape = (self.micro_batches, self.num_stages, self.stage_id)
+        if self.schedule_name == "penalty":
+            return PenaltySchedule(*shape)
+        return self._lagrangian_schedule(num_batches=None) if self.schedule_name == "al" else TrainSchedule(*shape)
+
+    def _lagrangian_schedule(self, *, num_batches: int | None) -> PipeSchedule:
+        return LagrangianSchedule(
+            self.micro_batches,
+            self.num_stages,
+            self.stage_id,
+            tick=self.wavefront.tick,
+            num_batches=num_batches,
+            overlap=self.settings.aux.overlap,
+        )
 
     def use_exact_schedule(self, *, lr: float | None, num_steps: int) -> None:
-        """Go on with DeepSpeed's 1F1B, that is exact back-propagation.
+        """Go on with DeepSpeed's 1F1B, that is exact back-propagation; batches under way are finished before.
 
         Args:
             lr: learning rate to start from, falling to zero as a cosine; None goes on with the present schedule.
             num_steps: length of that cosine in optimizer steps.
         """
-        self.schedule_name = "1f1b"
-        self.boundary_mismatch = torch.zeros(0)
+        self.drain()
+        self._set_schedule("1f1b")
+        self.boundary_mismatch = self.boundary_adjoint = torch.zeros(0)
         if lr is not None:
             self.lr_scheduler = CosineTail(self.optimizer, lr=lr, num_steps=num_steps)
+
+    def _set_schedule(self, name: str) -> None:
+        self.schedule_name = name
+        self.wavefront = Wavefront(self.num_stages, self.stage_id, lag=_LAGS[name])
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -104,27 +123,84 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
         """Train on one batch per replica (`gradient_accumulation_steps` micro-batches from the iterator).
 
         Args:
-            data_iter: iterator of (inputs, labels) micro-batches; None goes on with the one set before.
+            data_iter: iterator of (inputs, labels) micro-batches; None goes on with the one set before. Under `al` a
+                stage reads its batch up to K-1 calls later: the iterator must still hold it then.
 
         Returns:
-            Loss of the last stage, mean over the global batch; the same scalar on every rank.
+            Loss of the last stage on this batch, mean over the global batch; the same scalar on every rank. With
+            `dsaux.aux.overlap` the loss of the batch before, from the second call on.
 
         Raises:
             RuntimeError: if the ranks of a replica saw different batches, or no data was given.
         """
-        self._digest, self._this_step = 0, self.global_steps
-        self.aux.begin()
-        loss: Tensor = super().train_batch(data_iter)
-        if not self.is_local_schedule and self._guard_is_due(self._this_step):
-            digests = torch.zeros(self.grid.world_size, device=self.device)
-            digests[self.global_rank] = self._digest
-            dist.all_reduce(digests, group=self.module.world_group)
-            self._compare_digests(digests)
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        if self.is_local_schedule:
+            if self.data_iterator is None:  # said at once, also by a stage whose turn to read comes later
+                raise RuntimeError(NO_DATA)
+            if self.wavefront.is_empty:
+                self.aux.begin()
+            self.wavefront.enter(self.data_iterator, step=self.global_steps)
+            loss: Tensor = self._run_tick(super().train_batch)
+            self._count_ahead(-1)
+            return loss
+        self._begin_tick(Tick((self.global_steps,) * self.num_stages))
+        loss = super().train_batch()
+        self.train_batches += 1
+        self._compare_exact_digests()
         return loss
 
+    def drain(self) -> None:
+        """Let every stage finish the batches that have entered; a collective call of all ranks.
+
+        Does nothing where none is under way, that is always under `penalty` and `1f1b`.
+        """
+        if self.wavefront.is_empty:
+            return
+        modes = {module: module.training for module in self.module.modules()}
+        self.module.train()
+        with torch.enable_grad():
+            while not self.wavefront.is_empty:
+                self._run_tick(self._drain_tick)
+        for module, is_training in modes.items():
+            module.training = is_training
+
+    def _drain_tick(self) -> None:
+        self._exec_schedule(self._lagrangian_schedule(num_batches=self.wavefront.num_batches))
+
+    def _run_tick(self, run: Callable[[], Tensor | None]) -> Any:
+        """Run the schedule of the present tick on this stage's own data."""
+        newest = self.data_iterator
+        self._begin_tick(self.wavefront.present())
+        self.data_iterator = self.wavefront.take_data()
+        self.train_batches += self._tick.steps[self.stage_id] is not None
+        try:
+            return run()
+        finally:
+            self.data_iterator = newest
+            self.wavefront.advance()
+
     def _aggregate_total_loss(self) -> Tensor:
-        # Under a local schedule the loss came with the AuxNet's sum: no broadcast over the pipe group.
-        return self._tick.loss if self.is_local_schedule else super()._aggregate_total_loss()
+        if not self.is_local_schedule:
+            return super()._aggregate_total_loss()  # type: ignore[no-any-return]
+        # The loss came with the AuxNet's sum: no broadcast over the pipe group. It belongs to the batch that has
+        # entered, and DeepSpeed now prints and records it under this rank's own counts, which may be behind.
+        self._count_ahead(+1)
+        return self._last_loss
+
+    def _count_ahead(self, sign: int) -> None:
+        """Add the batches that this stage has yet to treat to DeepSpeed's counts, or take them away again."""
+        self.global_steps += sign * self.wavefront.num_unread
+        self.global_samples += sign * self.wavefront.num_unread * self.train_batch_size()
+
+    def _compare_exact_digests(self) -> None:
+        if not self._guard.is_due(self._tick.steps[0]):
+            return
+        digests = torch.zeros(self.grid.world_size, device=self.device)
+        digests[self.global_rank] = self._digest
+        dist.all_reduce(digests, group=self.module.world_group)
+        # A guard of its own: the stages in the middle read no batch, so this step would never be complete.
+        BatchGuard(self.grid.pp_group, every=1).add(self._tick.steps, digests.tolist())
 
     def set_dataiterator(self, iterator: Any) -> None:
         """Set the iterator of training data; every rank reads it (in DeepSpeed's engine first and last stage)."""
@@ -136,107 +212,16 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
         self.training_dataloader = loader
         self.data_iterator = iter(loader)
 
-    def _to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        if batch is None:
-            raise RuntimeError("train_batch has no data: pass data_iter on every rank, or call set_dataiterator first.")
-        inputs, labels = batch
-        if self._digest == 0 and self._output_fn is None and self._guard_is_due(self._this_step):
-            self._digest = batch_digest(inputs, labels)
-        if self.bfloat16_enabled() and inputs.is_floating_point():
-            inputs = inputs.bfloat16()
-        return inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """DeepSpeed's `set_train_batch_size`; batches under way are finished before."""
+        self.drain()
+        super().set_train_batch_size(train_batch_size)
+        self._open_boundaries()
 
-    def _exec_load_replica_batch(self, buffer_id: int) -> None:
-        inputs, labels = self._next_batch()
-        self.pipe_buffers["inputs"][buffer_id] = inputs
-        self.pipe_buffers["labels"][buffer_id] = labels
-
-    def _exec_aux_forward(self, buffer_id: int) -> None:
-        """lambda_1 .. lambda_(k+1) with their graph: this stage's own input and, below the last stage, its target."""
-        self._start_timer(AUX_FORWARD_TIMER)
-        inputs = self.pipe_buffers["inputs"][buffer_id]
-        variables: list[Tensor] = []
-        if self.aux.net is not None:
-            depth = min(self.stage_id + 1, self.module.num_boundaries)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16_enabled()):
-                variables = self.aux.net(inputs, depth=depth)
-        self.pipe_buffers["variables"][buffer_id] = variables
-        self._stop_timer(AUX_FORWARD_TIMER)
-
-    def _exec_local_forward(self, buffer_id: int) -> None:
-        """X_(k+1) = F_k(lambda_k), and the stage's local loss."""
-        variables = self.pipe_buffers["variables"][buffer_id]
-        inputs = self.pipe_buffers["inputs"][buffer_id]
-        source = inputs if self.is_first_stage() else variables[self.stage_id - 1].to(inputs.dtype)
-        stage_input = source.detach()
-        stage_input.requires_grad_(not self.is_first_stage() or self._reentrant_activation_checkpointing())
-        outputs = DeepSpeedEngine.forward(self, stage_input)
-        self.pipe_buffers["stage_inputs"][buffer_id] = stage_input
-        self.pipe_buffers["outputs"][buffer_id] = outputs
-        weight = 1.0 / self.micro_batches
-        if self.is_last_stage():
-            self.loss = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
-            self._count_hits(outputs, self.pipe_buffers["labels"][buffer_id])
-            self.aux.add_loss(self.loss, weight=weight)
-        else:
-            target = variables[self.stage_id]
-            self.loss = objective.coupling_loss(
-                outputs, target, beta=self.settings.aux.beta, scale=self._scale(self.stage_id, target)
-            )
-            self.aux.add_boundary(
-                self.stage_id,
-                variance=objective.batch_variance(target),
-                mismatch=objective.relative_mismatch(target, outputs),
-                weight=weight,
-            )
-        self.train_loss_sum += weight * self.loss.detach()
-
-    def _exec_local_backward(self, buffer_id: int) -> None:
-        """Gradients of the stage's weights and g_k; DeepSpeed divides by the number of micro-batches."""
-        DeepSpeedEngine.backward(self, self.loss)
-
-    def _exec_aux_backward(self, buffer_id: int) -> None:
-        """Forces of this rank's taps, pushed back through T_(k+1) .. T_1 in one backward pass."""
-        self._start_timer(AUX_BACKWARD_TIMER)
-        variables = self.pipe_buffers["variables"][buffer_id]
-        taps: list[Tensor] = []
-        forces: list[Tensor] = []
-        if not self.is_first_stage():
-            gradient = self.pipe_buffers["stage_inputs"][buffer_id].grad
-            taps.append(variables[self.stage_id - 1])
-            forces.append(objective.task_force(gradient, gamma=self.settings.aux.gamma).to(taps[-1].dtype))
-        if not self.is_last_stage():
-            target, outputs = variables[self.stage_id], self.pipe_buffers["outputs"][buffer_id]
-            force = objective.match_force(
-                target, outputs, rho=self.settings.aux.rho, scale=self._scale(self.stage_id, target)
-            )
-            taps.append(target)
-            forces.append(force / self.micro_batches)
-        if taps:
-            torch.autograd.backward(taps, forces)
-        for key in ("variables", "stage_inputs", "outputs", "inputs", "labels"):
-            self.pipe_buffers[key][buffer_id] = None
-        self._stop_timer(AUX_BACKWARD_TIMER)
-
-    def _exec_reduce_aux_grads(self) -> None:
-        """Start the sum of the AuxNet's gradients over all ranks; `_exec_aux_optimizer_step` waits for it."""
-        if self._digest:
-            self.aux.add_digest(self._digest)
-        self.aux.start_sum()
-
-    def _exec_aux_optimizer_step(self) -> None:
-        """Wait for the sum that `_exec_reduce_aux_grads` started, compare the batch digests, step the AuxNet."""
-        self._start_timer(AUX_REDUCE_TIMER)
-        self._tick = self.aux.finish_sum()
-        self._stop_timer(AUX_REDUCE_TIMER)
-        self.boundary_mismatch = self._tick.mismatch
-        if self._digest:
-            self._compare_digests(self._tick.digests)
-        self._start_timer(AUX_STEP_TIMER)
-        self.aux.step()
-        self._stop_timer(AUX_STEP_TIMER)
-        if self.wall_clock_breakdown() and self.global_steps % self.steps_per_print() == 0:
-            self.timers.log(list(AUX_TIMERS))
+    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's `eval_batch`, through the real chain of the stages; batches under way are finished before."""
+        self.drain()
+        return super().eval_batch(*args, **kwargs)
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         """DeepSpeed's forward pass; on the last stage it also counts the right answers of a training batch."""
@@ -247,18 +232,6 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
         if self._output_fn is None and torch.is_grad_enabled():
             self.train_loss_sum += self.loss.detach() / self.micro_batches
             self._count_hits(outputs, labels)
-
-    def _count_hits(self, outputs: Tensor, labels: Tensor) -> None:
-        if outputs.ndim == 2 and labels.ndim == 1:
-            self.train_hits += (outputs.detach().argmax(dim=1) == labels).sum()
-            self.train_samples += labels.numel()
-
-    def _scale(self, boundary: int, variable: Tensor) -> Tensor | float:
-        """v of a boundary; in the very first step, when there is none yet, the batch's own."""
-        if not self.settings.aux.scaled:
-            return 1.0
-        running = self.aux.variance[boundary]
-        return torch.where(running.isnan(), objective.batch_variance(variable).to(running.dtype), running)
 
     # ---- the real chain, without the AuxNet -----------------------------------------------------------------------
 
@@ -271,6 +244,8 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
     ) -> Tensor | None:
         """Run micro-batches forward through the real chain F_(K-1) o .. o F_0; the AuxNet is not used.
 
+        Batches under way are finished before.
+
         Activations go from stage to stage with DeepSpeed's `InferenceSchedule`. The caller sets train or eval mode.
 
         Args:
@@ -281,6 +256,7 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
         Returns:
             Sum of `output_fn` over the micro-batches on the last stage, None elsewhere.
         """
+        self.drain()
         self.reset_activation_shape()
         training_iterator, loss_fn = self.data_iterator, self.module.loss_fn
         self.data_iterator, self.module.loss_fn, self._output_fn = data_iter, output_fn, output_fn
@@ -320,37 +296,27 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
             self.optimizer.model_parallel_group = None
             self.optimizer.model_parallel_world_size = 1
 
-    # ---- batch-hash guard -------------------------------------------------------------------------------------------
-
-    def _guard_is_due(self, step: int) -> bool:
-        every = self.settings.data.guard_every
-        return self.num_stages > 1 and (step == 0 or (every > 0 and step % every == 0))
-
-    def _compare_digests(self, digests: Tensor) -> None:
-        mine = {rank: int(digests[rank]) for rank in self.grid.pp_group if digests[rank] != 0}
-        if len(set(mine.values())) > 1:
-            seen = ", ".join(f"rank {rank}: {digest:06x}" for rank, digest in mine.items())
-            raise RuntimeError(
-                f"the ranks of one replica saw different batches in step {self._this_step} ({seen}). All stages must "
-                "read the same stream: same dsaux.data block and seed, same library versions, same kind of device."
-            )
-
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(
         self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
-        """DeepSpeed's `save_checkpoint`; the AuxNet, its optimizer and the running variances go with it."""
+        """DeepSpeed's `save_checkpoint`; the AuxNet, its optimizer and the running variances go with it.
+
+        Batches under way are finished before.
+        """
+        self.drain()
         state = {**(client_state or {}), "dsaux": {"aux": self.aux.state_dict(), "schedule": self.schedule_name}}
         return super().save_checkpoint(save_dir, tag, client_state=state, **kwargs)
 
     def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
-        """DeepSpeed's `load_checkpoint`; restores the AuxNet's side as well."""
+        """DeepSpeed's `load_checkpoint`; restores the AuxNet's side as well. Batches under way are finished before."""
+        self.drain()
         path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
         if path is not None and "dsaux" in client_state:
             state = client_state.pop("dsaux")
             self.aux.load_state_dict(state["aux"])
-            self.schedule_name = state["schedule"]
+            self._set_schedule(state["schedule"])
         return path, client_state
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -373,7 +339,20 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
             clip_norm=self.gradient_clipping(),
             device=self.device,
             dtype=torch.float64 if exact else torch.float32,
+            meter=self.wait_meter,
         )
+
+    def _open_boundaries(self) -> None:
+        """Make the ends of this stage's boundaries for the present number of micro-batches."""
+        ranks, common = self.grid.pp_group, {"micro_batches": self.micro_batches, "meter": self.wait_meter}
+        for before, behind in itertools.pairwise(ranks):
+            if (before, behind) not in self._boundary_groups:
+                continue
+            ends = {"group": self._boundary_groups[before, behind], "transport": self.settings.aux.transport, **common}
+            if self.global_rank == behind:
+                self.sender = VariableSender(peer=before, **ends)
+            elif self.global_rank == before:
+                self.receiver = VariableReceiver(peer=behind, device=self.device, **ends)
 
     def _make_aux_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         assert self._aux_optimizer is not None, "initialize gives one wherever there is an AuxNet"
@@ -384,23 +363,5 @@ class AuxPipelineEngine(PipelineEngine):  # type: ignore[misc]
             return self._scheduler_from_config(optimizer)
         return self.client_lr_scheduler(optimizer) if callable(self.client_lr_scheduler) else None
 
-    def _start_timer(self, name: str) -> None:
-        if self.wall_clock_breakdown():
-            self.timers(name).start()
-
-    def _stop_timer(self, name: str) -> None:
-        if self.wall_clock_breakdown():
-            self.timers(name).stop()
-
     # DeepSpeed dispatches by exact type through unbound functions: an overriding method must stand in the map again.
-    _INSTRUCTION_MAP = {
-        **PipelineEngine._INSTRUCTION_MAP,
-        instructions.ForwardPass: _exec_forward_pass,
-        instructions.LoadReplicaBatch: _exec_load_replica_batch,
-        instructions.AuxForward: _exec_aux_forward,
-        instructions.LocalForward: _exec_local_forward,
-        instructions.LocalBackward: _exec_local_backward,
-        instructions.AuxBackward: _exec_aux_backward,
-        instructions.ReduceAuxGrads: _exec_reduce_aux_grads,
-        instructions.AuxOptimizerStep: _exec_aux_optimizer_step,
-    }
+    _INSTRUCTION_MAP = {**LocalStepEngine._INSTRUCTION_MAP, instructions.ForwardPass: _exec_forward_pass}

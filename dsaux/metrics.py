@@ -42,7 +42,11 @@ class StepStats:
         loss: cross-entropy of the last stage in this step.
         train_accuracy: top-1 of the last stage since the last log line, 0 to 1; None without samples.
         boundary_mismatch: ||X - lambda||^2 / Var(X) per boundary, K-1 values; empty where there is no AuxNet.
+        boundary_adjoint: norm of the adjoint over that of the coupling force per boundary, K-1 values; empty where no
+            adjoint is sent. Well above 1 a stage follows the task, well below 1 the AuxNet.
         stage_loss: mean local loss per stage since the last log line; None for a stage that has no loss of its own.
+        waited_ticks: time that each stage lost in waits for others since the last log line, in ticks (the time of a
+            step), mean over its replicas; empty under 1f1b, whose waits DeepSpeed does not tell.
         samples_per_s: training throughput over about the last 20 steps.
         learning_rate: of the stages' optimizer.
         peak_memory_bytes: largest memory so far per stage, over its replicas.
@@ -56,7 +60,9 @@ class StepStats:
     loss: float
     train_accuracy: float | None
     boundary_mismatch: Sequence[float]
+    boundary_adjoint: Sequence[float]
     stage_loss: Sequence[float | None]
+    waited_ticks: Sequence[float]
     samples_per_s: float
     learning_rate: float
     peak_memory_bytes: Sequence[int]
@@ -90,7 +96,11 @@ class EvalStats:
 
 @dataclass(frozen=True)
 class FinalStats:
-    """The result of a run: what was trained, how well, how fast. Units as in `StepStats` and `EvalStats`."""
+    """The result of a run: what was trained, how well, how fast. Units as in `StepStats` and `EvalStats`.
+
+    Attributes:
+        wait_share: share of the training time that each stage lost in waits for others; empty for a run of 1f1b alone.
+    """
 
     method: str
     schedule: str
@@ -105,7 +115,9 @@ class FinalStats:
     test_samples: int
     train_samples_per_s: float
     wall_s: float
+    wait_share: Sequence[float]
     boundary_mismatch: Sequence[float]
+    boundary_adjoint: Sequence[float]
     peak_memory_bytes: Sequence[int]
     seed: int
     bounds: Sequence[int]
@@ -274,8 +286,17 @@ class ThroughputMeter:
         return _rate(sum(samples for samples, _ in self._recent), sum(seconds for _, seconds in self._recent))
 
     def overall(self) -> float:
-        """Samples per second after the warm-up, or in it where no step came after; 0.0 for no step."""
-        return _rate(*(self._steady if self._steady[0] else self._warmup))
+        """Samples per second after the warm-up, or in it where no step came after; 0.0 for no step.
+
+        Time since the last step up to a pause counts: it is spent on the batches that are still under way.
+        """
+        samples, seconds = self._steady if self._steady[0] else self._warmup
+        return _rate(samples, seconds + self._step_s)
+
+    @property
+    def training_s(self) -> float:
+        """Seconds of training so far, as far as steps and pauses have told."""
+        return self._warmup[1] + self._steady[1] + self._step_s
 
     def _take_time(self) -> None:
         if self._running_since is not None:

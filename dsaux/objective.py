@@ -83,9 +83,30 @@ def refreshed_variable(variable: Tensor, input_gradient: Tensor, *, beta: float,
         scale: ``v_k``, or 1; both sides of the boundary must use the same.
 
     Returns:
-        ``lambda'_k``, same shape.
+        ``lambda'_k``, same shape, in float32 when the network computes in lower precision.
     """
-    return (variable.detach() - variable.numel() * scale / beta * input_gradient.detach()).to(variable.dtype)
+    variable, input_gradient = _at_least_float32(variable.detach()), _at_least_float32(input_gradient.detach())
+    return variable - (variable.numel() * scale / beta * input_gradient).to(variable.dtype)
+
+
+def adjoint_ratio(target: Tensor, refreshed: Tensor, output: Tensor) -> Tensor:
+    """Norm of the adjoint over the norm of the coupling force, ``||lambda - lambda'|| / ||X - lambda||``.
+
+    Both are parts of the gradient that a stage gets by its output; well above 1 the stage follows the task, well below
+    1 the AuxNet.
+
+    Args:
+        target: ``lambda_(k+1)``, shape (B, ...).
+        refreshed: ``lambda'_(k+1)``, same shape.
+        output: ``X_(k+1)``, same shape.
+
+    Returns:
+        A scalar without a graph.
+    """
+    target = _at_least_float32(target.detach())
+    coupling = (_at_least_float32(output.detach()) - target).square().sum()
+    adjoint = (target - _at_least_float32(refreshed.detach())).square().sum()
+    return adjoint.sqrt() / coupling.sqrt().clamp_min(torch.finfo(coupling.dtype).eps)
 
 
 def relative_mismatch(target: Tensor, output: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,15 @@ from dsaux.runtime import peak_memory_bytes
 
 WARMUP_STEPS = 5
 """Steps left out of the throughput: first allocations, the loader's start."""
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Figures of all ranks since the last log line; the fields are those of `StepStats`."""
+
+    loss: tuple[float | None, ...]
+    accuracy: float | None
+    waited_ticks: tuple[float, ...]
 
 
 class Trainer:
@@ -76,6 +85,9 @@ class Trainer:
         self.alarm = MismatchAlarm()
         self.peak_memory: tuple[int, ...] = ()
         self.mismatch: tuple[float, ...] = ()
+        self.adjoint: tuple[float, ...] = ()
+        self.waited_s = [0.0] * launch.stages
+        self.local_s = self.logged_s = 0.0
         self.step = self.logged_step = 0
         self.is_loaded = False
 
@@ -102,6 +114,7 @@ class Trainer:
         Args:
             reestimate: refresh BatchNorm's statistics first; False for a network that was saved with good ones.
         """
+        self.engine.drain()  # training time, not evaluation
         self.meter.pause()
         started = time.perf_counter()
         if reestimate:
@@ -134,7 +147,7 @@ class Trainer:
 
     @property
     def method(self) -> str:
-        """Schedule of the run so far: penalty, 1f1b, penalty+1f1b with exact epochs behind it; or "saved network"."""
+        """Schedule of the run so far: al, penalty, 1f1b, al+1f1b with exact epochs behind it; or "saved network"."""
         if self.is_loaded:
             return "saved network"
         schedule = self.settings.pipeline.schedule
@@ -153,7 +166,7 @@ class Trainer:
         while self.step < stop:
             if self.step == self.exact_from:
                 self._switch_to_exact()
-            if self.engine.is_local_schedule or self.engine.is_first_stage() or self.engine.is_last_stage():
+            if self._reads_from_here():
                 self.stream.seek(self.step * self.launch.gradient_accumulation_steps)
             loss = self.engine.train_batch(self.stream)
             self.step += 1
@@ -163,6 +176,12 @@ class Trainer:
                 self._check_finite(loss)
             if log_is_due:
                 self._log(loss)
+
+    def _reads_from_here(self) -> bool:
+        """Whether this rank's next batch is the one of this step; under `al` most stages have earlier ones to read."""
+        if self.engine.is_local_schedule:
+            return self.engine.wavefront.is_empty
+        return bool(self.engine.is_first_stage() or self.engine.is_last_stage())
 
     def _switch_to_exact(self) -> None:
         lr = self.settings.run.exact_lr
@@ -180,9 +199,11 @@ class Trainer:
             )
 
     def _log(self, loss: torch.Tensor) -> None:
-        local_loss, accuracy = self._gather_stages()
+        gathered = self._gather_stages()
         if self.engine.is_local_schedule:
             self.mismatch = tuple(self.engine.boundary_mismatch.tolist())
+            if self.engine.schedule_name == "al":
+                self.adjoint = tuple(self.engine.boundary_adjoint.tolist())
         if not (self.folder and self.display):
             return
         stats = StepStats(
@@ -191,9 +212,11 @@ class Trainer:
             epoch=(self.step - 1) // self.steps_per_epoch + 1,
             epochs=math.ceil(self.total_steps / self.steps_per_epoch),
             loss=float(loss),
-            train_accuracy=accuracy,
+            train_accuracy=gathered.accuracy,
             boundary_mismatch=self.mismatch if self.engine.is_local_schedule else (),
-            stage_loss=local_loss,
+            boundary_adjoint=self.adjoint if self.engine.is_local_schedule else (),
+            stage_loss=gathered.loss,
+            waited_ticks=gathered.waited_ticks,
             samples_per_s=self.meter.recent(),
             learning_rate=float(self.engine.get_lr()[0]),
             peak_memory_bytes=self.peak_memory,
@@ -201,29 +224,43 @@ class Trainer:
         )
         self.folder.event("step", **asdict(stats))
         self.display.step(stats)
-        for warning in self.alarm.update(stats.boundary_mismatch, self.step):
+        is_filled = self.step >= self.launch.stages  # before, al's first stages have no figures yet
+        for warning in self.alarm.update(stats.boundary_mismatch if is_filled else (), self.step):
             self.folder.event("warning", step=self.step, text=warning)
             self.display.warning(warning)
 
-    def _gather_stages(self) -> tuple[tuple[float | None, ...], float | None]:
-        """Mean local loss of each stage (None without one) and training accuracy, since the last log line."""
+    def _gather_stages(self) -> _Gathered:
+        """What the stages have done since the last log line."""
         engine, stages = self.engine, self.launch.stages
-        row = torch.zeros(stages + 2, dtype=torch.float64, device=engine.device)
-        row[engine.stage_id] = engine.train_loss_sum / (self.step - self.logged_step) / self.launch.replicas
-        row[stages] = engine.train_hits
-        row[stages + 1] = engine.train_samples
+        row = torch.zeros(2 * stages + 2, dtype=torch.float64, device=engine.device)
+        row[engine.stage_id] = engine.train_loss_sum / max(1, engine.train_batches)
+        row[stages + engine.stage_id] = engine.wait_meter.take_s()
+        row[-2] = engine.train_hits
+        row[-1] = engine.train_samples
         peaks = torch.zeros(stages, dtype=torch.float64, device=engine.device)
         peaks[engine.stage_id] = peak_memory_bytes(engine.device)
         torch.distributed.all_reduce(row)
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         engine.train_loss_sum.zero_()
         engine.train_hits.zero_()
-        engine.train_samples = 0
-        self.logged_step = self.step
+        engine.train_samples = engine.train_batches = 0
         self.peak_memory = tuple(int(peak) for peak in peaks.tolist())
-        *losses, hits, samples = row.tolist()
+        *values, hits, samples = row.tolist()
+        losses, waits = (
+            [value / self.launch.replicas for value in values[part : part + stages]] for part in (0, stages)
+        )
         own = [loss if engine.is_local_schedule or stage == stages - 1 else None for stage, loss in enumerate(losses)]
-        return tuple(own), hits / samples if samples else None
+        return _Gathered(tuple(own), hits / samples if samples else None, self._count_waits(waits))
+
+    def _count_waits(self, waits_s: list[float]) -> tuple[float, ...]:
+        """Seconds that the stages waited since the last log line, in ticks; nothing under 1f1b."""
+        spent_s, self.logged_s = self.meter.training_s - self.logged_s, self.meter.training_s
+        steps, self.logged_step = self.step - self.logged_step, self.step
+        if not self.engine.is_local_schedule:
+            return ()
+        self.local_s += spent_s
+        self.waited_s = [total + wait for total, wait in zip(self.waited_s, waits_s, strict=True)]
+        return tuple(wait * steps / spent_s if spent_s > 0 else 0.0 for wait in waits_s)
 
     def _save(self) -> None:
         path: list[Any] = [str(self.folder.path / CHECKPOINT_FOLDER) if self.folder else None]
@@ -247,7 +284,9 @@ class Trainer:
             test_samples=result.samples,
             train_samples_per_s=self.meter.overall(),
             wall_s=wall_s,
+            wait_share=[wait / self.local_s for wait in self.waited_s] if self.local_s > 0 else [],
             boundary_mismatch=list(self.mismatch),
+            boundary_adjoint=list(self.adjoint),
             peak_memory_bytes=list(self.peak_memory),
             seed=self.settings.run.seed,
             bounds=list(self.partition.bounds),

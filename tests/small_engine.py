@@ -24,10 +24,11 @@ class Case:
 
     Attributes:
         bounds: K+1 layer indices.
-        schedule: penalty or 1f1b.
+        schedule: penalty, al or 1f1b.
         replicas: data-parallel replicas.
         accumulation: micro-batches in a step.
         steps: optimizer steps.
+        drain_after: steps after which the engine finishes the batches under way; it always does at the end.
         dtype: precision of the weights.
         changes: further changes of the configuration.
         layer_options: further arguments of the module.
@@ -38,6 +39,7 @@ class Case:
     replicas: int = 1
     accumulation: int = 1
     steps: int = 5
+    drain_after: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float64
     changes: dict[str, Any] = field(default_factory=dict)
     module_options: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +99,9 @@ def train(case: Case, *, each_step: Callable[[AuxPipelineEngine, int], None] | N
         mismatches.append(engine.boundary_mismatch.tolist())
         if each_step is not None:
             each_step(engine, step)
+        if step + 1 in case.drain_after:
+            engine.drain()
+    engine.drain()
     return {"losses": losses, "mismatches": mismatches, **weights(engine)}
 
 

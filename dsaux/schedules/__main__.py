@@ -1,9 +1,10 @@
 """Draws and checks schedules; needs no GPU and starts no process group.
 
-python -m dsaux.schedules --schedule penalty --stages 4 --steps 6
-python -m dsaux.schedules --schedule 1f1b --stages 4 --micro_batches 8 --check
+python -m dsaux.schedules --schedule al --stages 4 --steps 6
+python -m dsaux.schedules --schedule al-overlap --stages 4 --micro_batches 8 --check
 python -m dsaux.schedules --schedule 1f1b --stages 4 --format trace --out trace.json
 python -m dsaux.schedules --compare --format svg --out docs/figures/schedules.svg
+python -m dsaux.schedules --compare --schedule penalty
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from dsaux.schedules import SCHEDULES
+from dsaux.schedules import RUNS
 from dsaux.schedules.check import ScheduleError, check_named
 from dsaux.schedules.draw import chrome_trace, comparison_svg, comparison_text, svg, text_grid
-from dsaux.schedules.timeline import simulate
+from dsaux.schedules.timeline import Timeline, simulate
 
 _DRAWINGS = {"text": text_grid, "svg": svg, "trace": chrome_trace}
 _COMPARISONS = {"text": comparison_text, "svg": comparison_svg}
+_EXACT = "1f1b"
+_STEPS = 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     try:
         if args.check:
-            print(f"{args.schedule}: {check_named(args.schedule, args.micro_batches, args.stages)}")
+            report = check_named(args.schedule, args.micro_batches, args.stages, num_batches=args.steps)
+            print(f"{args.schedule}: {report}")
             return 0
         drawing = _compare(args) if args.compare else _draw(args)
     except ScheduleError as error:
@@ -50,19 +54,26 @@ def _draw(args: argparse.Namespace) -> str:
         args.schedule,
         num_stages=args.stages,
         micro_batches=args.micro_batches,
-        num_batches=args.steps,
+        num_batches=args.steps or _STEPS,
         aux_share=args.aux_share,
     )
     return _DRAWINGS[args.format](timeline)
 
 
 def _compare(args: argparse.Namespace) -> str:
-    above = simulate("1f1b", num_stages=args.stages, micro_batches=args.micro_batches, num_batches=args.steps)
-    shape = {"num_stages": args.stages, "micro_batches": 1}
-    one = simulate("penalty", num_batches=1, aux_share=args.aux_share, **shape)
-    num_batches = math.ceil(above.end / one.end)
-    below = simulate("penalty", num_batches=num_batches, aux_share=args.aux_share, **shape)
-    return _COMPARISONS[args.format](above, below)
+    """Draw 1F1B above, and below it enough batches that all stages still have one where the axis ends."""
+
+    def below(num_batches: int) -> Timeline:
+        return simulate(
+            args.schedule, num_stages=args.stages, micro_batches=1, num_batches=num_batches, aux_share=args.aux_share
+        )
+
+    two, shape = below(2), {"num_stages": args.stages, "micro_batches": args.micro_batches}
+    # By default a wavefront is shown filled for as long as it takes to fill.
+    fill = (two.num_ticks - two.num_batches) * two.period
+    steps = args.steps or max(_STEPS, math.ceil(2 * fill / simulate(_EXACT, num_batches=1, **shape).end))
+    above = simulate(_EXACT, num_batches=steps, **shape)
+    return _COMPARISONS[args.format](above, below(max(2, math.ceil(above.end / two.period))))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,13 +88,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--schedule", choices=sorted(SCHEDULES), help="schedule to draw or check")
+    parser.add_argument("--schedule", choices=sorted(RUNS), help="schedule to draw, check or compare")
     parser.add_argument("--stages", type=int, default=4, help="number of stages (default 4)")
-    parser.add_argument("--steps", type=int, default=2, help="batches to draw (default 2)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"batches (default: to draw {_STEPS}, to check one more than stages, to compare what shows the fill)",
+    )
     parser.add_argument(
         "--micro_batches",
         type=int,
-        help="micro-batches in a batch (default: 1f1b as many as stages, penalty 1)",
+        help="micro-batches in a batch (default: 1f1b as many as stages, dsaux 1); in a comparison those of 1f1b",
     )
     parser.add_argument(
         "--aux_share",
@@ -93,7 +108,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=sorted(_DRAWINGS), default="text", help="what to write")
     parser.add_argument("--out", type=Path, help="file to write; default: the screen")
-    parser.add_argument("--compare", action="store_true", help="1f1b and penalty on one time axis")
+    parser.add_argument("--compare", action="store_true", help="1f1b and a schedule (default al) on one time axis")
     parser.add_argument("--check", action="store_true", help="replay all ranks and look for faults")
     args = parser.parse_args(argv)
     for name in ("stages", "steps", "micro_batches"):
@@ -102,12 +117,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {value}; it must be 1 or more.")
     if not 0 <= args.aux_share <= 1:
         parser.error(f"--aux_share is {args.aux_share}; it must be between 0 and 1.")
-    if args.compare == (args.schedule is not None):
-        parser.error("give either --schedule NAME or --compare.")
+    if not args.compare and args.schedule is None:
+        parser.error("give --schedule NAME, --compare or both.")
+    if args.compare and args.schedule == _EXACT:
+        parser.error(f"--compare draws {_EXACT} above another schedule; give --schedule al, al-overlap or penalty.")
     if args.compare and (args.check or args.format not in _COMPARISONS):
-        parser.error("--compare draws text or svg; for --check and --format trace give --schedule NAME.")
+        parser.error("--compare draws text or svg; for --check and --format trace leave it out.")
     if args.micro_batches is None:
-        args.micro_batches = 1 if args.schedule == "penalty" else args.stages
+        args.micro_batches = args.stages if args.compare or args.schedule == _EXACT else 1
+    args.schedule = args.schedule or "al"
     return args
 
 

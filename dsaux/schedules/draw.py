@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from dsaux.schedules.picture import comparison_svg, svg
-from dsaux.schedules.timeline import AUX, BACKWARD, FORWARD, STEP, Piece, Timeline, title
+from dsaux.schedules.timeline import AUX, BACKWARD, FORWARD, STEP, Piece, Timeline, rhythm, title
 
 __all__ = ["chrome_trace", "comparison_svg", "comparison_text", "svg", "text_grid"]
 
@@ -32,15 +32,16 @@ def text_grid(timeline: Timeline) -> str:
         number = str(piece.batch * timeline.micro_batches + piece.micro_batch)
         cell = cells[piece.stage][piece.step].removesuffix(number).removesuffix(".")
         cells[piece.stage][piece.step] = f"{cell}{letter}{number}"
-    last_steps = {piece.step for piece in timeline.pieces if piece.kind == STEP}
+    steps = {(piece.stage, piece.step) for piece in timeline.pieces if piece.kind == STEP}
+    last_steps = {step for _, step in steps}
     every_step = len(last_steps) == timeline.num_steps
     width = max(len(cell) for row in cells for cell in row) + (3 if every_step else 2)
-    rows = [("tick" if every_step else "step", [str(step) for step in range(timeline.num_steps)])]
-    rows += [(f"stage {stage}", row) for stage, row in enumerate(cells)]
+    rows = [[str(step) for step in range(timeline.num_steps)], *cells]
     lines = []
-    for head, row in rows:
-        bar = " " if head == "step" else "|"
-        ends = ["" if every_step or step not in last_steps else f"{bar} " for step in range(len(row))]
+    for stage, row in enumerate(rows, start=-1):
+        head = f"stage {stage}" if stage >= 0 else "tick" if every_step else "step"
+        bars = ["| " if (stage, step) in steps else "  " for step in range(len(row))]
+        ends = ["" if every_step or step not in last_steps else bars[step] for step in range(len(row))]
         body = "".join(f"{cell:<{width}}{end}" for cell, end in zip(row, ends, strict=True))
         lines.append(f"{head:<10}{body}".rstrip())
     return "\n".join(lines)
@@ -54,10 +55,7 @@ def comparison_text(above: Timeline, below: Timeline) -> str:
         below: a timeline that lasts at least as long.
     """
     end = above.end
-    parts = [
-        f"{title(timeline)}, a batch every {timeline.end / timeline.num_batches:.2f}\n{_bars(timeline, end)}"
-        for timeline in (above, below)
-    ]
+    parts = [f"{title(its, end)}, {rhythm(its)}\n{_bars(its, end)}" for its in (above, below)]
     legend = (
         f"F forward, B backward, a AuxNet ({100 * below.aux_share:.0f} % of a stage), . idle, | step\n"
         "The number is the micro-batch (1F1B) or the batch (dsaux).\n"
@@ -67,7 +65,7 @@ def comparison_text(above: Timeline, below: Timeline) -> str:
 
 
 def chrome_trace(timeline: Timeline) -> str:
-    """JSON that chrome://tracing and Perfetto open: a process per stage, a unit of time is 1 ms."""
+    """JSON that chrome://tracing and Perfetto open: a process per stage, a unit of time is 1 ms, messages as arrows."""
     events: list[dict[str, object]] = []
     for stage in range(timeline.num_stages):
         events.append({"name": "process_name", "ph": "M", "pid": stage, "tid": 0, "args": {"name": f"stage {stage}"}})
@@ -84,6 +82,12 @@ def chrome_trace(timeline: Timeline) -> str:
                 **length,
             }
         )
+    for number, flight in enumerate(timeline.flights):
+        ends = [("s", flight.sender, flight.start), ("f", flight.receiver, flight.end)]
+        for phase, stage, time in ends:
+            name = f"message {flight.batch}"
+            arrow = {"ph": phase, "name": name, "cat": "message", "id": number, "pid": stage, "tid": 0, "ts": _us(time)}
+            events.append(arrow)
     return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, indent=1)
 
 

@@ -29,19 +29,26 @@ __all__ = [
     "BackwardPass",
     "BufferOpInstruction",
     "ForwardPass",
+    "LagrangianLoss",
     "LoadMicroBatch",
     "LoadReplicaBatch",
     "LocalBackward",
     "LocalForward",
     "OptimizerStep",
+    "PenaltyLoss",
     "PipeInstruction",
     "RecvActivation",
     "RecvGrad",
+    "RecvVariable",
     "ReduceAuxGrads",
     "ReduceGrads",
     "ReduceTiedGrads",
+    "RefreshVariable",
     "SendActivation",
     "SendGrad",
+    "SendVariable",
+    "WaitRecvVariable",
+    "WaitSendVariable",
 ]
 
 
@@ -73,16 +80,43 @@ class AuxForward(BufferOpInstruction):  # type: ignore[misc]
 
 
 class LocalForward(BufferOpInstruction):  # type: ignore[misc]
-    """Run this stage forward on its auxiliary variable and compute its local loss.
+    """Run this stage forward on its auxiliary variable.
 
     Roughly:
 
     .. code-block:: python
 
         X = stage(variables[k])
+
+    Pairs with the loss behind it (:class:`PenaltyLoss` or :class:`LagrangianLoss`) and with :class:`LocalBackward` on
+    the same buffer; needs :class:`AuxForward` before it.
+    """
+
+
+class PenaltyLoss(BufferOpInstruction):  # type: ignore[misc]
+    """Local loss of the penalty method: the stage is to make what its own AuxNet replica gives the next stage.
+
+    Roughly:
+
+    .. code-block:: python
+
         loss = cross_entropy(X, labels) if k == K - 1 else coupling_loss(X, variables[k + 1])
 
-    Pairs with :class:`LocalBackward` on the same buffer; needs :class:`AuxForward` before it.
+    Pairs with :class:`LocalBackward` on the same buffer; needs :class:`LocalForward` before it. Nothing is received.
+    """
+
+
+class LagrangianLoss(BufferOpInstruction):  # type: ignore[misc]
+    """Local loss of the augmented Lagrangian method: the stage is to make the refreshed variable of the next stage.
+
+    Roughly:
+
+    .. code-block:: python
+
+        loss = cross_entropy(X, labels) if k == K - 1 else coupling_loss(X, received[micro_batch])
+
+    Pairs with :class:`LocalBackward` on the same buffer; needs :class:`LocalForward` before it and, below the last
+    stage, the :class:`WaitRecvVariable` of this batch.
     """
 
 
@@ -139,4 +173,72 @@ class AuxOptimizerStep(PipeInstruction):  # type: ignore[misc]
         aux_optimizer.step()
 
     Pairs with :class:`ReduceAuxGrads`, which started the sum.
+    """
+
+
+class RefreshVariable(BufferOpInstruction):  # type: ignore[misc]
+    """Write the refreshed variable of one micro-batch into the message to the stage before.
+
+    Roughly:
+
+    .. code-block:: python
+
+        message[micro_batch] = lambda_k - (D v / beta) * B * g_k
+
+    Pairs with :class:`SendVariable` on the same rank, which sends the message when all micro-batches are in it; needs
+    :class:`LocalBackward` before it, and :class:`WaitSendVariable` before the first one of a batch.
+    """
+
+
+class SendVariable(PipeInstruction):  # type: ignore[misc]
+    """Start to send the refreshed variables of a batch to stage ``k - 1``, and go on without waiting.
+
+    Roughly:
+
+    .. code-block:: python
+
+        sending = isend(message, to=k - 1)
+
+    Pairs with :class:`RecvVariable` on stage ``k - 1`` in the same tick, and with :class:`WaitSendVariable` on this
+    rank before the message is written again.
+    """
+
+
+class WaitSendVariable(PipeInstruction):  # type: ignore[misc]
+    """Wait until the message of the batch before has left, so that it may be written again.
+
+    Roughly:
+
+    .. code-block:: python
+
+        sending.wait()
+
+    Pairs with the :class:`SendVariable` of the tick before on the same rank.
+    """
+
+
+class RecvVariable(PipeInstruction):  # type: ignore[misc]
+    """Post the receive of the refreshed variables that stage ``k + 1`` makes in this tick; they are used in the next.
+
+    Roughly:
+
+    .. code-block:: python
+
+        receiving = irecv(received, from=k + 1)
+
+    Pairs with :class:`SendVariable` on stage ``k + 1`` in the same tick, and with :class:`WaitRecvVariable` on this
+    rank in the next.
+    """
+
+
+class WaitRecvVariable(PipeInstruction):  # type: ignore[misc]
+    """Wait for the refreshed variables of this tick's batch.
+
+    Roughly:
+
+    .. code-block:: python
+
+        receiving.wait()
+
+    Pairs with the :class:`RecvVariable` of the tick before on the same rank.
     """

@@ -14,6 +14,7 @@ from dsaux.schedules.instructions import (
     LocalBackward,
     LocalForward,
     OptimizerStep,
+    PenaltyLoss,
     PipeInstruction,
     ReduceAuxGrads,
     ReduceGrads,
@@ -32,7 +33,7 @@ class PenaltySchedule(PipeSchedule):  # type: ignore[misc]
 
     Inside a tick, with M micro-batches; the sum runs under the stage's own optimizer step::
 
-        load  aux-forward  forward  backward  aux-backward         M times, on buffer 0
+        load  aux-forward  forward  loss  backward  aux-backward         M times, on buffer 0
         start aux sum | reduce over replicas, optimizer step | wait for aux sum, aux step
 
     There is nothing to send: a stage's input and its target both come from its own replica of the AuxNet.
@@ -51,6 +52,7 @@ class PenaltySchedule(PipeSchedule):  # type: ignore[misc]
                 LoadReplicaBatch(0),
                 AuxForward(0),
                 LocalForward(0),
+                PenaltyLoss(0),
                 LocalBackward(0),
                 AuxBackward(0),
             ]

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from dsaux.schedules.timeline import AUX, BACKWARD, FORWARD, STEP, Piece, Timeline, title
+from dsaux.schedules.timeline import AUX, BACKWARD, FORWARD, STEP, Flight, Piece, Timeline, rhythm, title
 
 _WIDTH = 900
 _LEFT, _RIGHT = 84, 28
 _ROW, _GAP = 30, 4
-_IDLE, _INK, _QUIET, _STEP = "#e8eaed", "#1f2328", "#57606a", "#1f2328"
+_IDLE, _INK, _QUIET, _STEP, _MESSAGE = "#e8eaed", "#1f2328", "#57606a", "#1f2328", "#8b1a6b"
 _FILL = {FORWARD: ("#2f6fb7", "#4a84c8"), BACKWARD: ("#2b8a57", "#419a6b"), AUX: ("#e8590c", "#e8590c")}
 """Colours of even and odd batches."""
 _FONT = "-apple-system,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif"
@@ -38,6 +38,8 @@ def comparison_svg(above: Timeline, below: Timeline) -> str:
         f"1F1B idles less with more micro-batches; dsaux pays with the AuxNet ({share:.0f} % of a stage)",
         "and trains each stage on a local loss, where 1F1B has the exact gradient.",
     ]
+    if below.has_fill:
+        notes.append("A wavefront fills once an epoch, as drawn, and takes as long to drain; idle is counted as drawn.")
     return _page(heading, [above, below], end=above.end, notes=notes)
 
 
@@ -46,17 +48,17 @@ def _page(heading: str, timelines: Sequence[Timeline], *, end: float, notes: Seq
     body = [_text(24, 36, heading, size=18, weight=600)]
     y = 62.0
     for timeline in timelines:
-        rhythm = f"a batch every {timeline.end / timeline.num_batches:.2f}"
-        body.append(_text(24, y + 14, title(timeline), size=15, weight=600))
-        body.append(_text(_WIDTH - _RIGHT, y + 14, rhythm, size=14, fill=_QUIET, anchor="end"))
+        body.append(_text(24, y + 14, title(timeline, end), size=15, weight=600))
+        body.append(_text(_WIDTH - _RIGHT, y + 14, rhythm(timeline), size=14, fill=_QUIET, anchor="end"))
         body += _panel(timeline, y + 26, scale=scale, end=end)
         y += 26 + timeline.num_stages * (_ROW + _GAP) + 22
     body += _axis(y - 14, scale=scale, end=end)
-    body += _legend(y + 52, has_aux=any(piece.kind == AUX for its in timelines for piece in its.pieces))
+    has_aux = any(piece.kind == AUX for its in timelines for piece in its.pieces)
+    body += _legend(y + 52, has_aux=has_aux, has_flights=any(its.flights for its in timelines))
     for line, note in enumerate(notes):
         body.append(_text(24, y + 80 + 19 * line, note, size=13, fill=_QUIET))
     height = round(y + 66 + 19 * len(notes) + (8 if notes else 4))
-    label = escape(f"{heading}. " + "; ".join(title(timeline) for timeline in timelines))
+    label = escape(f"{heading}. " + "; ".join(title(timeline, end) for timeline in timelines))
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
@@ -87,7 +89,8 @@ def _panel(timeline: Timeline, top: float, *, scale: float, end: float) -> list[
             if piece.kind != AUX and right - x >= _MIN_LABEL_PX:
                 parts.append(_label(piece, timeline, (x + right) / 2, y + 20, width=right - x))
     marks = [part for part in parts if 'class="step"' in part]
-    return [part for part in parts if 'class="step"' not in part] + marks
+    arrows = [_arrow(flight, top, scale=scale) for flight in timeline.flights if flight.end <= end]
+    return [part for part in parts if 'class="step"' not in part] + marks + arrows
 
 
 def _label(piece: Piece, timeline: Timeline, x: float, y: float, *, width: float) -> str:
@@ -103,6 +106,20 @@ def _step_mark(x: float, y: float) -> list[str]:
     return [f'<path class="step" d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="{_STEP}" stroke-width="3"/>']
 
 
+def _arrow(flight: Flight, top: float, *, scale: float) -> str:
+    """From where the sender ends its backward pass to where the receiver uses the message, in the row above."""
+    x, y = _LEFT + flight.start * scale, top + flight.sender * (_ROW + _GAP) + 3
+    to_x, to_y = _LEFT + flight.end * scale, top + flight.receiver * (_ROW + _GAP) + _ROW - 3
+    length = math.hypot(to_x - x, to_y - y)
+    along_x, along_y = 6 * (to_x - x) / length, 6 * (to_y - y) / length
+    head = (
+        f"M{to_x - along_x - along_y / 2:.1f} {to_y - along_y + along_x / 2:.1f}L{to_x:.1f} {to_y:.1f}"
+        f"L{to_x - along_x + along_y / 2:.1f} {to_y - along_y - along_x / 2:.1f}"
+    )
+    line = f"M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}"
+    return f'<path class="message" d="{line}{head}" fill="none" stroke="{_MESSAGE}" stroke-width="1.5"/>'
+
+
 def _axis(y: float, *, scale: float, end: float) -> list[str]:
     parts = [f'<path d="M{_LEFT} {y:.1f}H{_LEFT + end * scale:.1f}" stroke="{_QUIET}"/>']
     every = max(1, math.ceil(end / 16))
@@ -114,7 +131,7 @@ def _axis(y: float, *, scale: float, end: float) -> list[str]:
     return [*parts, _text(_LEFT + end * scale / 2, y + 36, words, size=13, fill=_QUIET, anchor="middle")]
 
 
-def _legend(y: float, *, has_aux: bool) -> list[str]:
+def _legend(y: float, *, has_aux: bool, has_flights: bool) -> list[str]:
     entries = [(_FILL[FORWARD][0], "forward"), (_FILL[BACKWARD][0], "backward")]
     entries += [(_FILL[AUX][0], "AuxNet")] if has_aux else []
     entries += [(_IDLE, "idle")]
@@ -126,6 +143,11 @@ def _legend(y: float, *, has_aux: bool) -> list[str]:
     parts.append(f'<path d="M{x + 4:.1f} {y - 14:.1f}v18" stroke="{_STEP}" stroke-width="3"/>')
     parts.append(_text(x + 14, y, "optimizer step", size=13))
     parts.append(_text(x + 128, y, "lighter: odd batches", size=13, fill=_QUIET))
+    if has_flights:
+        x += 270
+        arrow = f"M{x:.1f} {y - 5:.1f}h20m-5 -4l5 4l-5 4"
+        parts.append(f'<path d="{arrow}" fill="none" stroke="{_MESSAGE}" stroke-width="1.5"/>')
+        parts.append(_text(x + 28, y, "\u03bb\u2032 sent", size=13))
     return parts
 
 

@@ -1,26 +1,92 @@
 """Replays the instruction streams of all ranks together: who can go on when, and who waits for whom.
 
 Each rank runs its stream in order, as DeepSpeed's `_exec_schedule` does. A blocking send and its receive end
-together, at the time the later of the two is reached. `check` looks at what the instructions do, `timeline`
-at how long they take.
+together, at the time the later of the two is reached. One that does not block is started and awaited, on either side
+by two instructions; both waits end when the other side has started too, and one message may be under way::
+
+    sender     start ....... wait |            the sender waits here until the receive is posted
+    receiver         post ........ wait |      the receiver until the send is started
+
+`check` looks at what the instructions do, `timeline` at how long they take.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from dsaux.schedules.effects import EFFECTS, Collective, Effect, Message
 from dsaux.schedules.fault import EffectTable, Place, ScheduleError, Stream
+from dsaux.schedules.instructions import PipeInstruction
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """All ranks' instructions over several ticks, one schedule after the other.
+
+    Attributes:
+        streams: instructions of rank 0, 1, ...; a tick has as many steps on each of them as on the longest.
+        starts: first step of each tick.
+        num_steps: steps of all ticks.
+    """
+
+    streams: tuple[Stream, ...]
+    starts: tuple[int, ...]
+    num_steps: int
+
+    def tick(self, place: Place) -> int:
+        """The tick that an instruction belongs to."""
+        return bisect_right(self.starts, place.step) - 1
+
+
+def join_ticks(schedules: Sequence[Sequence[Iterable[Sequence[PipeInstruction]]]]) -> Ticks:
+    """Lay each rank's schedules one behind the other.
+
+    Args:
+        schedules: per rank the schedules it runs, one a tick. A rank with fewer steps in a tick gets empty ones, so
+            that a tick starts at the same step on all ranks.
+    """
+    streams: list[list[Sequence[PipeInstruction]]] = [[] for _ in schedules]
+    starts: list[int] = []
+    for tick in zip_longest(*schedules, fillvalue=()):
+        starts.append(len(streams[0]))
+        steps = [[list(cmds) for cmds in schedule] for schedule in tick]
+        length = max(1, *(len(its) for its in steps))
+        for stream, its in zip(streams, steps, strict=True):
+            stream.extend([*its, *([] for _ in range(length - len(its)))])
+    return Ticks(streams=tuple(streams), starts=tuple(starts), num_steps=len(streams[0]))
 
 
 @dataclass(frozen=True)
 class Event:
-    """Instructions that end together, and those of other ranks that had to end before."""
+    """Instructions that end together, and those that had to end before.
+
+    Attributes:
+        done: the instructions; a blocking send stands before its receive.
+        after: where a sum was started on each rank, or the send and the receive of a message that is awaited.
+    """
 
     done: tuple[Place, ...]
     after: tuple[Place, ...] = ()
+
+
+@dataclass
+class _End:
+    """One end of a link between two ranks, of messages that do not block: what it started and awaited so far."""
+
+    started: list[tuple[Message, Place]] = field(default_factory=list)
+    num_awaited: int = 0
+
+
+@dataclass
+class _Link:
+    """Messages of a group from one rank to another."""
+
+    sends: _End = field(default_factory=_End)
+    receives: _End = field(default_factory=_End)
 
 
 def replay(streams: Sequence[Stream], *, effects: EffectTable = EFFECTS) -> Iterator[Event]:
@@ -34,7 +100,8 @@ def replay(streams: Sequence[Stream], *, effects: EffectTable = EFFECTS) -> Iter
         Events in an order in which they can happen; events of one rank are in the order of its stream.
 
     Raises:
-        ScheduleError: on a deadlock, a message that its receiver does not expect, or collectives that differ.
+        ScheduleError: on a deadlock, a message that its receiver does not expect, two messages under way on one link,
+            a transfer that is not awaited once, or collectives that differ.
     """
     state = _Replay(streams, effects)
     running = deque(range(len(streams)))
@@ -47,6 +114,7 @@ def replay(streams: Sequence[Stream], *, effects: EffectTable = EFFECTS) -> Iter
         # Whoever may wait for one of these ranks gets another look.
         running.extend(other for other in range(len(streams)) if other not in running)
     state.raise_if_stuck()
+    state.raise_if_under_way()
 
 
 class _Replay:
@@ -54,12 +122,9 @@ class _Replay:
 
     def __init__(self, streams: Sequence[Stream], effects: EffectTable) -> None:
         self.streams, self.effects = streams, effects
-        self.places = [
-            [Place(rank, step, index) for step, cmds in enumerate(stream) for index in range(len(cmds))]
-            for rank, stream in enumerate(streams)
-        ]
+        self.places = [list(_places(rank, stream)) for rank, stream in enumerate(streams)]
         self.position = [0] * len(streams)
-        self.in_flight: dict[tuple[int, int, str], deque[tuple[Message, Place]]] = defaultdict(deque)
+        self.links: dict[tuple[int, int, str], _Link] = defaultdict(_Link)
         self.collectives: list[list[tuple[str, Place]]] = [[] for _ in streams]
         self._raise_if_unpaired()
 
@@ -74,9 +139,12 @@ class _Replay:
         if effect.waits is not None:
             return self._try_wait(place, effect.waits)
         if effect.sends is not None:
-            return self._try_send(place, effect.sends)
+            return self._try_send(place, effect.sends) if effect.sends.blocking else self._start(place)
         if effect.receives is not None:
-            return self._try_receive(place, effect.receives)
+            # A blocking one ends from the sender's side.
+            return None if effect.receives.blocking else self._start(place)
+        if effect.awaits_send is not None or effect.awaits_receive is not None:
+            return self._try_await(place)
         return self._end(place)
 
     def current(self, rank: int) -> Place | None:
@@ -102,9 +170,6 @@ class _Replay:
 
     def _try_send(self, place: Place, message: Message) -> Event | None:
         peer = place.rank + message.to
-        if not message.blocking:
-            self.in_flight[place.rank, peer, message.group].append((message, place))
-            return self._end(place)
         other = self.current(peer)
         if other is None:
             return None
@@ -114,16 +179,50 @@ class _Replay:
         self._must_match(message, place, expected, other)
         return self._end(place, other)
 
-    def _try_receive(self, place: Place, message: Message) -> Event | None:
-        peer = place.rank - message.to
-        if message.blocking:
-            return None  # ends from the sender's side
-        queue = self.in_flight[peer, place.rank, message.group]
-        if not queue:
+    def _start(self, place: Place) -> Event:
+        """Start a send or post a receive; what went before on this end must have been awaited."""
+        message, mine, link = self._link(place)
+        if len(mine.started) > mine.num_awaited:
+            before = mine.started[-1][1]
+            raise self.error(
+                f"starts a transfer of {message.name}, while that of step {before.step} "
+                f"({before.instruction(self.streams)!r}) has not been awaited; one may be under way.",
+                place,
+            )
+        mine.started.append((message, place))
+        number = len(mine.started) - 1
+        if all(len(end.started) > number for end in (link.sends, link.receives)):
+            self._must_match(*link.sends.started[number], *link.receives.started[number])
+        return self._end(place)
+
+    def _try_await(self, place: Place) -> Event | None:
+        """End a send that has left, or a receive whose message was sent."""
+        message, mine, link = self._link(place)
+        number = mine.num_awaited
+        if len(mine.started) <= number:
+            raise self.error(f"awaits a transfer of {message.name}, but none is under way on this rank.", place)
+        if any(len(end.started) <= number for end in (link.sends, link.receives)):
             return None
-        sent, sender = queue.popleft()
-        self._must_match(sent, sender, message, place)
-        return self._end(place, after=[sender])
+        mine.num_awaited += 1
+        return self._end(place, after=[end.started[number][1] for end in (link.sends, link.receives)])
+
+    def _link(self, place: Place) -> tuple[Message, _End, _Link]:
+        """The message of a transfer that does not block, the end of its link on this rank, and the link."""
+        effect = self.effect(place)
+        sent = effect.sends or effect.awaits_send
+        message = sent or effect.receives or effect.awaits_receive
+        assert message is not None
+        peer = self._peer(place.rank, effect)
+        link = self.links[(place.rank, peer, message.group) if sent else (peer, place.rank, message.group)]
+        return message, link.sends if sent else link.receives, link
+
+    def _peer(self, rank: int, effect: Effect) -> int:
+        """The rank at the other end of a message."""
+        sent, received = effect.sends or effect.awaits_send, effect.receives or effect.awaits_receive
+        if sent is not None:
+            return rank + sent.to
+        assert received is not None
+        return rank - received.to
 
     def _try_collective(self, place: Place, collective: Collective) -> Event | None:
         count = len(self.collectives[place.rank])
@@ -174,7 +273,7 @@ class _Replay:
             for side, message in enumerate((effect.sends, effect.receives)):
                 if message is None:
                     continue
-                peer = place.rank + (message.to if side == 0 else -message.to)
+                peer = self._peer(place.rank, effect)
                 if not 0 <= peer < len(self.streams):
                     raise self.error(f"its other end would be stage {peer} of {len(self.streams)}.", place)
                 link = (place.rank, peer) if side == 0 else (peer, place.rank)
@@ -215,14 +314,20 @@ class _Replay:
         assert culprit is not None
         raise self.error(f"{head}: {waits}{ending}.", culprit)
 
+    def raise_if_under_way(self) -> None:
+        """Name a transfer that was started and is not awaited by the end of the streams."""
+        for link in self.links.values():
+            for end in (link.sends, link.receives):
+                if len(end.started) > end.num_awaited:
+                    message, place = end.started[end.num_awaited]
+                    raise self.error(f"starts a transfer of {message.name}, which is never awaited.", place)
+
     def _awaited(self, rank: int) -> int:
         place = self.current(rank)
         assert place is not None
         effect = self.effect(place)
-        if effect.sends is not None:
-            return rank + effect.sends.to
-        if effect.receives is not None:
-            return rank - effect.receives.to
+        if effect.sends or effect.receives or effect.awaits_send or effect.awaits_receive:
+            return self._peer(rank, effect)
         if effect.waits is not None:
             counts = [sum(name == effect.waits for name, _ in issued) for issued in self.collectives]
             return next(other for other, count in enumerate(counts) if count < counts[rank])

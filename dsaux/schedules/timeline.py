@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsaux.schedules import SCHEDULES
+from dsaux.schedules import RUNS
 from dsaux.schedules import instructions as ins
 from dsaux.schedules.effects import EFFECTS
-from dsaux.schedules.fault import Place, Stream
-from dsaux.schedules.replay import Event, replay
+from dsaux.schedules.fault import Place
+from dsaux.schedules.replay import Event, Ticks, join_ticks, replay
 
 BACKWARD_COST = 2.0
 """A backward pass takes about twice the forward pass: gradients by the weights and by the input."""
@@ -28,7 +28,12 @@ _EFFECTS = {
 }
 
 FORWARD, BACKWARD, AUX, STEP = "forward", "backward", "aux", "step"
-_TITLES = {"1f1b": "DeepSpeed 1F1B", "penalty": "dsaux penalty"}
+_TITLES = {
+    "1f1b": "DeepSpeed 1F1B",
+    "penalty": "dsaux penalty",
+    "al": "dsaux augmented Lagrangian (al)",
+    "al-overlap": "dsaux augmented Lagrangian (al-overlap)",
+}
 _KINDS: Mapping[type[ins.PipeInstruction], str] = {
     ins.ForwardPass: FORWARD,
     ins.LocalForward: FORWARD,
@@ -50,7 +55,7 @@ class Piece:
         name: the instruction.
         batch: number of the batch.
         micro_batch: number within the batch.
-        step: step of the schedule, counted over all batches.
+        step: step of the schedule, counted over all ticks.
         start: in forward passes of a stage over a batch.
         end: the same.
     """
@@ -66,6 +71,25 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Flight:
+    """A message that crosses a boundary while both its stages compute.
+
+    Attributes:
+        batch: number of its batch.
+        sender: the stage that sends it.
+        receiver: the stage that uses it.
+        start: when the send starts.
+        end: when the receiver is ready to use it.
+    """
+
+    batch: int
+    sender: int
+    receiver: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Timeline:
     """All pieces of some batches of a schedule.
 
@@ -74,18 +98,22 @@ class Timeline:
         num_stages: number of stages.
         micro_batches: micro-batches in a batch.
         num_batches: batches.
-        num_steps: steps of the schedule in all batches.
+        num_ticks: ticks in which they pass, fill and drain included.
+        num_steps: steps of the schedule in all ticks.
         aux_share: cost of the AuxNet on a rank as a share of its stage's.
         pieces: in the order of each rank.
+        flights: messages that travel while their stages compute.
     """
 
     name: str
     num_stages: int
     micro_batches: int
     num_batches: int
+    num_ticks: int
     num_steps: int
     aux_share: float
     pieces: tuple[Piece, ...]
+    flights: tuple[Flight, ...] = ()
 
     @property
     def end(self) -> float:
@@ -93,14 +121,29 @@ class Timeline:
         return max(piece.end for piece in self.pieces)
 
     @property
+    def period(self) -> float:
+        """Time between two batches on a stage, once it has the first one."""
+        steps = [piece.end for piece in self.pieces if piece.kind == STEP and piece.stage == 0]
+        return (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else self.end
+
+    @property
+    def has_fill(self) -> bool:
+        """Whether some stages have no batch in the first ticks and others none in the last."""
+        return self.num_ticks > self.num_batches
+
+    @property
     def idle_share(self) -> float:
-        """Share of all ranks' time from start to end in which they compute nothing."""
-        busy = sum(piece.end - piece.start for piece in self.pieces)
-        return max(0.0, 1.0 - busy / (self.num_stages * self.end))
+        """Share of all ranks' time from start to end in which they compute nothing, fill and drain counted."""
+        return self.idle_share_until(self.end)
+
+    def idle_share_until(self, end: float) -> float:
+        """The same from the start to a time before the end."""
+        busy = sum(max(0.0, min(piece.end, end) - piece.start) for piece in self.pieces)
+        return max(0.0, 1.0 - busy / (self.num_stages * end))
 
 
 def simulate(name: str, *, num_stages: int, micro_batches: int, num_batches: int, aux_share: float = 0.1) -> Timeline:
-    """Run a schedule of `SCHEDULES` for some batches, one after the other.
+    """Run a schedule of `RUNS` for some batches, fill and drain included.
 
     Args:
         name: its key.
@@ -109,36 +152,48 @@ def simulate(name: str, *, num_stages: int, micro_batches: int, num_batches: int
         num_batches: batches to run.
         aux_share: cost of the AuxNet on a rank as a share of its stage's, taken as the same on every rank.
     """
-    streams: list[Stream] = []
-    for stage in range(num_stages):
-        schedule = SCHEDULES[name](micro_batches, num_stages, stage)
-        streams.append([list(cmds) for _ in range(num_batches) for cmds in schedule])
-    clock = _Clock(streams, micro_batches=micro_batches, aux_share=aux_share)
-    for event in replay(streams, effects=_EFFECTS):
+    ticks = join_ticks(
+        [RUNS[name](micro_batches, num_stages, stage, num_batches=num_batches) for stage in range(num_stages)]
+    )
+    clock = _Clock(ticks, micro_batches=micro_batches, aux_share=aux_share)
+    for event in replay(ticks.streams, effects=_EFFECTS):
         clock.advance(event)
     return Timeline(
         name=name,
         num_stages=num_stages,
         micro_batches=micro_batches,
         num_batches=num_batches,
-        num_steps=len(streams[0]),
+        num_ticks=len(ticks.starts),
+        num_steps=ticks.num_steps,
         aux_share=aux_share,
         pieces=tuple(clock.pieces),
+        flights=tuple(clock.flights),
     )
 
 
-def title(timeline: Timeline) -> str:
-    """Heading of a timeline: what it shows, with the idle share that the simulation gave."""
+def title(timeline: Timeline, end: float | None = None) -> str:
+    """Heading of a timeline: what it shows, with the idle share that the simulation gave.
+
+    Args:
+        timeline: what is drawn.
+        end: where the drawing is cut; None for the whole run.
+    """
     name = _TITLES.get(timeline.name, timeline.name)
     cut = "whole batches" if timeline.micro_batches == 1 else f"{timeline.micro_batches} micro-batches"
-    return f"{name}, {cut}: {100 * timeline.idle_share:.0f} % idle"
+    idle_share = timeline.idle_share_until(timeline.end if end is None else end)
+    return f"{name}, {cut}: {100 * idle_share:.0f} % idle"
+
+
+def rhythm(timeline: Timeline) -> str:
+    """How often a batch ends; for a wavefront in its steady state, when all stages have one."""
+    return f"a batch every {timeline.period:.2f}{' once filled' if timeline.has_fill else ''}"
 
 
 class _Clock:
     """The time on every rank, driven by replayed events."""
 
-    def __init__(self, streams: list[Stream], *, micro_batches: int, aux_share: float) -> None:
-        self.streams, self.micro_batches = streams, micro_batches
+    def __init__(self, ticks: Ticks, *, micro_batches: int, aux_share: float) -> None:
+        self.streams, self.micro_batches = ticks.streams, micro_batches
         forward, backward = 1.0 / micro_batches, BACKWARD_COST / micro_batches
         self.costs: dict[type[ins.PipeInstruction], float] = {
             ins.ForwardPass: forward,
@@ -148,12 +203,13 @@ class _Clock:
             ins.AuxForward: aux_share * forward,
             ins.AuxBackward: aux_share * backward,
         }
-        if len(streams) == 1:
+        if len(self.streams) == 1:
             self.costs |= {ins.AuxForward: 0.0, ins.AuxBackward: 0.0}
-        self.now = [0.0] * len(streams)
+        self.now = [0.0] * len(self.streams)
         self.ended: dict[Place, float] = {}
-        self.counts: list[Counter[str]] = [Counter() for _ in streams]
+        self.counts: list[Counter[str]] = [Counter() for _ in self.streams]
         self.pieces: list[Piece] = []
+        self.flights: list[Flight] = []
 
     def advance(self, event: Event) -> None:
         """Let the instructions of an event start together, at the latest time of all it depends on."""
@@ -164,6 +220,8 @@ class _Clock:
             self.now[place.rank] = self.ended[place] = end
             if type(cmd) in _KINDS:
                 self._record(place, type(cmd), start=start, end=end)
+            if _EFFECTS[type(cmd)].awaits_receive is not None:
+                self._record_flight(place, event.after[0])
 
     def _record(self, place: Place, kind: type[ins.PipeInstruction], *, start: float, end: float) -> None:
         name = kind.__name__
@@ -171,3 +229,10 @@ class _Clock:
         batch, micro_batch = divmod(self.counts[place.rank][name], per_batch)
         self.counts[place.rank][name] += 1
         self.pieces.append(Piece(place.rank, _KINDS[kind], name, batch, micro_batch, place.step, start=start, end=end))
+
+    def _record_flight(self, place: Place, send: Place) -> None:
+        batch = self.counts[place.rank]["flights"]
+        self.counts[place.rank]["flights"] += 1
+        self.flights.append(
+            Flight(batch, sender=send.rank, receiver=place.rank, start=self.ended[send], end=self.ended[place])
+        )

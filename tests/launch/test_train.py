@@ -157,6 +157,34 @@ def test_a_run_ends_with_exact_epochs_and_four_stages_hold_one_layer_each(tmp_pa
     assert rates[-1] < 0.02
 
 
+def test_al_trains_three_stages_and_ends_with_exact_epochs(tmp_path: Path) -> None:
+    _, found = launch(
+        tmp_path,
+        processes=3,
+        gradient_accumulation_steps=2,
+        csv_monitor={"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "small"},
+        dsaux={
+            "pipeline": {"stages": 3, "partition": [1, 3], "schedule": "al"},
+            "run": {"exact_epochs": 1, "exact_lr": 0.02, "epochs": 4, "log_every": 2, "eval_every": 2},
+        },
+    )
+    final = last(found, "final")
+    assert (final["method"], final["steps"], final["exact_epochs"]) == ("al+1f1b", 32, 1)
+    assert final["test_accuracy"] > 2 * CHANCE
+    assert len(final["wait_share"]) == 3
+    assert all(0.0 <= share < 1.0 for share in final["wait_share"])
+    assert len(final["boundary_adjoint"]) == 2
+    assert all(ratio > 0.0 for ratio in final["boundary_adjoint"])
+    first, *steps = [event for event in found if event["event"] == "step"]
+    assert first["boundary_mismatch"][0] is None, "stage 0 has had no batch yet after two steps"
+    assert [event["phase"] for event in steps] == ["al"] * 11 + ["1f1b"] * 4
+    assert all(None not in event["boundary_mismatch"] for event in steps)
+    assert last(found, "exact")["step"] == 24
+    (losses,) = (tmp_path / "csv").rglob("*train_loss*.csv")
+    counts = [int(float(row[0])) for row in list(csv.reader(losses.open()))[1:]]
+    assert counts == [64 * (step + 1) for step in range(32)], "monitors count the samples that have entered"
+
+
 @pytest.mark.parametrize("stages", [1, 3])
 def test_the_exact_twin_trains(tmp_path: Path, stages: int) -> None:
     changes = {"pipeline": {"stages": stages, "schedule": "1f1b", "partition": "time"}, "run": {"max_steps": 10}}

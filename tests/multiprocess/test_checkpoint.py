@@ -15,7 +15,7 @@ from tests.small_engine import Case, build, weights
 pytestmark = pytest.mark.multiprocess
 
 
-@pytest.mark.parametrize("schedule", ["penalty", "1f1b"])
+@pytest.mark.parametrize("schedule", ["penalty", "al", "1f1b"])
 def test_a_loaded_checkpoint_goes_on_as_if_it_had_never_stopped(schedule: str, tmp_path: Path) -> None:
     case = Case((0, 2, 6), schedule, accumulation=2, steps=6)
     for straight, resumed in run_ranks(train_twice, 2, case, str(tmp_path)):
@@ -36,6 +36,7 @@ def train_twice(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, Any]
         losses.append(float(engine.train_batch(data)))
         if step == 2:
             engine.save_checkpoint(folder, tag="three")
+    engine.drain()
     straight = {"losses": losses, **weights(engine)}
     engine = build(case)
     with torch.no_grad():
@@ -43,4 +44,6 @@ def train_twice(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, Any]
             parameter.zero_()
     engine.load_checkpoint(folder, tag="three")
     data = iter(stream[3 * case.accumulation :])
-    return straight, {"losses": [float(engine.train_batch(data)) for _ in range(3)], **weights(engine)}
+    losses = [float(engine.train_batch(data)) for _ in range(3)]
+    engine.drain()
+    return straight, {"losses": losses, **weights(engine)}

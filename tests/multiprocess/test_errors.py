@@ -31,6 +31,7 @@ def start(model: Any, **changes: Any) -> Any:
 
 
 SCHEDULER = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_max_lr": 0.1}}
+AL = {"pipeline": {"schedule": "al"}}
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "bounds that end early": (
         lambda: module(bounds=[0, 3, 5]),
@@ -49,6 +50,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         'total_num_steps is "auto", which train.py alone can fill in',
     ),
     "no data": (lambda: start(module())[0].train_batch(), "train_batch has no data"),
+    "no data under al": (lambda: start(module(), dsaux=AL)[0].train_batch(), "train_batch has no data"),
+    "no AuxNet under al": (lambda: start(module(aux_net=None), dsaux=AL), "schedule al with 2 stages needs an AuxNet"),
 }
 
 

@@ -36,16 +36,14 @@ CALLS = [
     "recv_anysource",
     "barrier",
 ]
-WARMUP_STEPS = 2
-
 ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
 def count_step(case: Case) -> dict[str, Any]:
-    """Calls during the third step as {(call, ranks of the group): times}, and who this rank is."""
+    """Calls during the last step as {(call, ranks of the group): times}, and who this rank is."""
     engine = build(case)
     data = iter(case.replica_batches(engine.grid.get_data_parallel_rank()))
-    for _ in range(WARMUP_STEPS):
+    for _ in range(case.steps - 1):
         engine.train_batch(data)
     seen: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
     originals = {name: getattr(torch.distributed.ProcessGroup, name) for name in CALLS}
@@ -85,6 +83,36 @@ def test_a_penalty_step_sends_the_auxnet_sum_and_nothing_else(
         assert rank["pipe"] == everyone
         across_stages = {call: times for call, times in rank["calls"].items() if len(call[1]) > 1}
         assert across_stages == {("allreduce", everyone): 1}
+
+
+@pytest.mark.parametrize("changes", [{}, ZERO_1], ids=["zero-0", "zero-1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["in step", "overlap"])
+def test_a_tick_of_al_sends_one_message_up_each_boundary_besides_the_auxnet_sum(
+    changes: dict[str, Any], dtype: torch.dtype, overlap: bool
+) -> None:
+    changes = {**changes, "dsaux": {"aux": {"overlap": overlap}}}
+    if dtype == torch.bfloat16:
+        changes["bf16"] = {"enabled": True}
+    case = Case((0, 1, 4, 6), "al", accumulation=2, steps=6, dtype=torch.float32, changes=changes)
+    sum_of_all = {("allreduce", (0, 1, 2)): 1}
+    expected = [
+        {("recv", (0, 1)): 1, **sum_of_all},
+        {("send", (0, 1)): 1, ("recv", (1, 2)): 1, **sum_of_all},
+        {("send", (1, 2)): 1, **sum_of_all},
+    ]
+    for rank, found in enumerate(run_ranks(count_step, 3, case)):
+        assert {call: times for call, times in found["calls"].items() if len(call[1]) > 1} == expected[rank]
+
+
+def test_al_with_replicas_keeps_messages_within_the_replica_and_reductions_within_the_stage() -> None:
+    case = Case((0, 3, 6), "al", replicas=2, steps=4, dtype=torch.float32)
+    for rank in run_ranks(count_step, 4, case):
+        others = dict(rank["calls"])
+        assert others.pop(("allreduce", (0, 1, 2, 3))) == 1
+        moved = {group for name, group in others if name in ("send", "recv")}
+        assert moved == {rank["pipe"]}
+        assert {group for name, group in others if name not in ("send", "recv") and len(group) > 1} == {rank["data"]}
 
 
 @pytest.mark.parametrize("changes", [{}, ZERO_1], ids=["zero-0", "zero-1"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from deepspeed.runtime.pipe.schedule import (
@@ -13,10 +12,12 @@ from deepspeed.runtime.pipe.schedule import (
     TrainSchedule,
 )
 
+from dsaux.schedules import RUNS
 from dsaux.schedules import instructions as ins
 from dsaux.schedules.check import Report, ScheduleError, check_named, check_schedule
 from dsaux.schedules.penalty import PenaltySchedule
 from tests.fixed_schedule import Fixed, Steps
+from tests.schedule.edits import drop, put, put_before, swap
 
 
 def edited(
@@ -39,26 +40,6 @@ def edited(
     return check_schedule(make, stages)
 
 
-def find(steps: Steps, name: str, number: int = 0) -> tuple[int, int]:
-    found = [(s, i) for s, cmds in enumerate(steps) for i, cmd in enumerate(cmds) if cmd.name == name]
-    return found[number]
-
-
-def drop(steps: Steps, name: str, number: int = 0) -> None:
-    step, index = find(steps, name, number)
-    del steps[step][index]
-
-
-def swap(steps: Steps, one: str, other: str) -> None:
-    (s, i), (t, j) = find(steps, one), find(steps, other)
-    steps[s][i], steps[t][j] = steps[t][j], steps[s][i]
-
-
-def put(steps: Steps, name: str, cmd: Any, number: int = 0) -> None:
-    step, index = find(steps, name, number)
-    steps[step][index] = cmd
-
-
 # ---- right schedules ----------------------------------------------------------------------------------
 
 
@@ -76,14 +57,28 @@ def test_the_data_parallel_schedule_passes() -> None:
     assert check_schedule(lambda stage: DataParallelSchedule(4, 1, stage), 1).num_messages == 0
 
 
+@pytest.mark.parametrize("name", sorted(RUNS))
+@pytest.mark.parametrize("stages", [1, 2, 3, 8])
+@pytest.mark.parametrize("batches", [1, 2, 5])
+def test_whole_runs_pass_and_their_messages_add_up_over_the_batches(name: str, stages: int, batches: int) -> None:
+    report = check_named(name, 4, stages, num_batches=batches)
+    per_boundary = {"1f1b": 2 * 4 * batches, "penalty": 0, "al": batches, "al-overlap": batches}[name]
+    assert report.num_batches == batches
+    assert report.num_messages == per_boundary * (stages - 1)
+
+
+def test_a_run_is_checked_for_one_batch_more_than_stages_unless_told_otherwise() -> None:
+    assert check_named("al", 1, 4).num_batches == 5
+
+
 def test_a_report_reads_as_one_line_with_its_numbers() -> None:
-    text = str(check_named("penalty", 2, 3))
+    text = str(check_named("penalty", 2, 3, num_batches=4))
     assert "\n" not in text
-    assert text.startswith("stages 3, micro-batches 2, buffers 1/1/1, instructions 42, messages 0")
+    assert text.startswith("stages 3, batches 4, micro-batches 2, buffers 1/1/1, instructions 192, messages 0")
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'zigzag'; allowed are 1f1b, penalty"):
+    with pytest.raises(ValueError, match="'zigzag'; allowed are 1f1b, al, al-overlap, penalty"):
         check_named("zigzag", 1, 1)
 
 
@@ -163,6 +158,48 @@ FAULTS: dict[str, tuple[type[PipeSchedule], int, Callable[[Steps], object], int 
         0,
         "variables.*nothing has written",
     ),
+    "forward before the loss": (
+        PenaltySchedule,
+        1,
+        lambda s: swap(s, "LocalForward", "PenaltyLoss"),
+        1,
+        r"outputs\[0\], which nothing has written",
+    ),
+    "loss missing": (
+        PenaltySchedule,
+        1,
+        lambda s: drop(s, "PenaltyLoss"),
+        1,
+        "reads loss, which nothing has written",
+    ),
+    "backward on an old loss": (
+        PenaltySchedule,
+        1,
+        lambda s: drop(s, "PenaltyLoss", 2),
+        1,
+        "reads loss of micro-batch 1 a second time",
+    ),
+    "AuxNet backward before the stage's": (
+        PenaltySchedule,
+        1,
+        lambda s: swap(s, "LocalBackward", "AuxBackward"),
+        1,
+        "nothing has written",
+    ),
+    "reduction without gradients": (
+        PenaltySchedule,
+        1,
+        lambda s: s[0].insert(0, ins.ReduceGrads()),
+        1,
+        "reduces gradients of weights of 0 batches",
+    ),
+    "second reduction": (
+        PenaltySchedule,
+        1,
+        lambda s: put_before(s, "OptimizerStep", ins.ReduceGrads()),
+        1,
+        "reduces gradients of weights, while no step has used those that were reduced in step 3",
+    ),
     "optimizer step missing": (PenaltySchedule, 1, lambda s: drop(s, "OptimizerStep"), 1, "step is missing"),
     "1F1B optimizer step missing": (
         TrainSchedule,
@@ -197,7 +234,7 @@ FAULTS: dict[str, tuple[type[PipeSchedule], int, Callable[[Steps], object], int 
     "aux sum before the last AuxNet backward": (
         PenaltySchedule,
         1,
-        lambda s: s[-1].insert(4, s[-1].pop(5)),
+        lambda s: s[-1].insert(5, s[-1].pop(6)),
         1,
         "backward pass of micro-batch 3",
     ),
@@ -218,7 +255,7 @@ FAULTS: dict[str, tuple[type[PipeSchedule], int, Callable[[Steps], object], int 
     "other collective": (
         PenaltySchedule,
         2,
-        lambda s: s[-1].insert(5, ins.ReduceTiedGrads()),
+        lambda s: s[-1].insert(6, ins.ReduceTiedGrads()),
         None,
         "collective 0 over the stages",
     ),
@@ -317,8 +354,8 @@ def test_an_error_draws_the_grid_with_the_faulty_cell_marked() -> None:
     assert isinstance(caught.value.instruction, ins.LocalForward)
     drawing = """
 step    0
-rank 0  L0 aF0 F0 B0 aB0 aR R S aS
-rank 1  L0 >F0< B0 aB0 aR R S aS
+rank 0  L0 aF0 F0 pL0 B0 aB0 aR R S aS
+rank 1  L0 >F0< pL0 B0 aB0 aR R S aS
 """
     assert grid.startswith(drawing.strip())
 

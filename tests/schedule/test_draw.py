@@ -25,6 +25,13 @@ def penalty(stages: int = 4, micro_batches: int = 1, batches: int = 4, aux_share
     return simulate("penalty", num_stages=stages, micro_batches=micro_batches, num_batches=batches, aux_share=aux_share)
 
 
+def al(
+    stages: int = 4, micro_batches: int = 1, batches: int = 4, aux_share: float = 0.1, overlap: bool = False
+) -> Timeline:
+    name = "al-overlap" if overlap else "al"
+    return simulate(name, num_stages=stages, micro_batches=micro_batches, num_batches=batches, aux_share=aux_share)
+
+
 # ---- times ---------------------------------------------------------------------------------------------
 
 
@@ -49,9 +56,49 @@ def test_the_work_of_a_batch_is_the_same_but_for_the_aux_net() -> None:
         return sum(piece.end - piece.start for piece in timeline.pieces if piece.kind != AUX)
 
     assert work(one_f_one_b(batches=2)) == pytest.approx(work(penalty(batches=2)))
+    assert work(one_f_one_b(batches=2)) == pytest.approx(work(al(batches=2)))
 
 
-@pytest.mark.parametrize("timeline", [one_f_one_b(batches=2), penalty()], ids=["1f1b", "penalty"])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("batches", [1, 2, 7])
+def test_al_idles_in_fill_and_drain_alone(stages: int, micro_batches: int, batches: int) -> None:
+    timeline = al(stages, micro_batches, batches)
+    share = 0.1 if stages > 1 else 0.0
+    assert timeline.end == pytest.approx((batches + stages - 1) * 3 * (1 + share))
+    assert timeline.idle_share == pytest.approx((stages - 1) / (batches + stages - 1))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_filled_wavefront_has_a_batch_a_tick_and_no_idle_time(overlap: bool) -> None:
+    timeline = al(4, 1, 12, overlap=overlap)
+    assert timeline.period == pytest.approx(3.3)
+    start, end = 4 * 3.3, 12 * 3.3
+    busy = sum(max(0.0, min(piece.end, end) - max(piece.start, start)) for piece in timeline.pieces)
+    assert busy == pytest.approx(4 * (end - start))
+
+
+def test_the_idle_share_up_to_a_time_counts_what_lies_before_it() -> None:
+    timeline = al(4, 1, 12)
+    assert timeline.idle_share_until(3.3) == pytest.approx(3 / 4)
+    assert timeline.idle_share_until(timeline.end) == timeline.idle_share
+
+
+def test_a_message_leaves_behind_the_backward_pass_and_is_used_in_the_tick_after() -> None:
+    timeline = al(3, 2, 4)
+    ends = {(p.stage, p.batch): p.end for p in timeline.pieces if p.name == "LocalBackward"}
+    uses = {(p.stage, p.batch): p.end for p in timeline.pieces if p.name == "LocalForward" and p.micro_batch == 0}
+    assert len(timeline.flights) == 2 * 4
+    for flight in timeline.flights:
+        assert flight.receiver == flight.sender - 1
+        assert flight.start == ends[flight.sender, flight.batch]
+        assert flight.end == uses[flight.receiver, flight.batch]
+
+
+TIMELINES = {"1f1b": one_f_one_b(batches=2), "penalty": penalty(), "al": al(), "al-overlap": al(overlap=True)}
+
+
+@pytest.mark.parametrize("timeline", TIMELINES.values(), ids=TIMELINES)
 def test_pieces_of_a_stage_follow_each_other(timeline: Timeline) -> None:
     for stage in range(timeline.num_stages):
         pieces = [piece for piece in timeline.pieces if piece.stage == stage]
@@ -92,6 +139,30 @@ stage 1  aaF0------B0==============aaa|aaF1--
     assert text.splitlines()[:7] == drawing.strip().splitlines()
 
 
+def test_comparison_with_a_wavefront_looks_as_drawn() -> None:
+    drawing = """
+DeepSpeed 1F1B, 2 micro-batches: 33 % idle, a batch every 4.50
+stage 0  F0--F1--........B0======....B1=====|F0--F1--........B0======....B1=====|
+stage 1  ....F0--B0======F1--B1=====|............F0--B0======F1--B1=====|........
+
+dsaux augmented Lagrangian (al), whole batches: 21 % idle, a batch every 3.75 once filled
+stage 0  ..............................aaF0------B0==============aaa|aaF1------B1
+stage 1  aaF0------B0==============aaa|aaF1------B1==============aaa|aaF2------B2
+"""
+    text = comparison_text(one_f_one_b(2, 2, batches=2), al(2, batches=3, aux_share=0.25))
+    assert text.splitlines()[:7] == drawing.strip().splitlines()
+
+
+def test_a_wavefront_of_micro_batches_by_steps_looks_as_drawn() -> None:
+    drawing = """
+step      0    1      2    3      4    5      6    7
+stage 0   .    .      .    .      FB0  FB1  | FB2  FB3  |
+stage 1   .    .      FB0  FB1  | FB2  FB3  | .    .
+stage 2   FB0  FB1  | FB2  FB3  | .    .      .    .
+"""
+    assert text_grid(al(3, 2, 2)) == drawing.strip()
+
+
 def test_the_bar_of_a_step_does_not_hide_a_short_aux_net_pass() -> None:
     rows = comparison_text(one_f_one_b(batches=2), penalty(batches=4)).splitlines()
     assert rows[-5].count("a|") == 3
@@ -118,10 +189,27 @@ def test_a_comparison_has_a_mark_for_each_optimizer_step_and_the_simulated_idle_
     assert f"DeepSpeed 1F1B, 4 micro-batches: {100 * above.idle_share:.0f} % idle" in words
 
 
-def test_nothing_is_drawn_outside_the_picture() -> None:
-    root = ElementTree.fromstring(comparison_svg(one_f_one_b(batches=3), penalty(batches=9)))
+@pytest.mark.parametrize("below", [penalty(batches=9), al(batches=9)], ids=["penalty", "al"])
+def test_nothing_is_drawn_outside_the_picture(below: Timeline) -> None:
+    root = ElementTree.fromstring(comparison_svg(one_f_one_b(batches=3), below))
     sides = [(float(box.get("x", "0")), float(box.get("width", "0"))) for box in root.iter(f"{SVG}rect")]
     assert all(x >= 0 and x + width <= 900 for x, width in sides)
+
+
+def test_every_message_that_ends_within_the_axis_is_an_arrow() -> None:
+    above, below = one_f_one_b(stages=3, batches=3), al(3, batches=9)
+    root = ElementTree.fromstring(comparison_svg(above, below))
+    arrows = [path for path in root.iter(f"{SVG}path") if path.get("class") == "message"]
+    assert len(arrows) == sum(flight.end <= above.end for flight in below.flights) > 0
+
+
+def test_a_comparison_gives_the_idle_share_of_what_it_shows_and_the_steady_rhythm() -> None:
+    above, below = one_f_one_b(stages=4, batches=4), al(4, batches=7)
+    root = ElementTree.fromstring(comparison_svg(above, below))
+    words = [text.text or "" for text in root.iter(f"{SVG}text")]
+    share = 100 * below.idle_share_until(above.end)
+    assert f"dsaux augmented Lagrangian (al), whole batches: {share:.0f} % idle" in words
+    assert "a batch every 3.30 once filled" in words
 
 
 def test_one_schedule_has_a_picture_of_its_own() -> None:
@@ -138,6 +226,14 @@ def test_a_trace_holds_every_piece_with_its_time() -> None:
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"stage 0", "stage 1"}
 
 
+def test_a_trace_joins_the_ends_of_every_message() -> None:
+    timeline = al(3)
+    events = json.loads(chrome_trace(timeline))["traceEvents"]
+    sends, uses = ([event for event in events if event["ph"] == phase] for phase in ("s", "f"))
+    assert [event["id"] for event in sends] == [event["id"] for event in uses] == list(range(2 * 4))
+    assert all(one["pid"] == other["pid"] + 1 for one, other in zip(sends, uses, strict=True))
+
+
 # ---- command -------------------------------------------------------------------------------------------
 
 
@@ -148,9 +244,55 @@ def test_the_command_draws_the_penalty_ticks(capsys: pytest.CaptureFixture[str])
     assert lines[4].split() == ["stage", "3", "FB0", "FB1", "FB2", "FB3", "FB4", "FB5"]
 
 
+@pytest.mark.parametrize("name", ["al", "al-overlap"])
+def test_the_command_draws_a_wavefront_with_fill_and_drain(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    drawing = """
+tick      0     1     2     3     4     5     6     7     8
+stage 0   .     .     .     FB0   FB1   FB2   FB3   FB4   FB5
+stage 1   .     .     FB0   FB1   FB2   FB3   FB4   FB5   .
+stage 2   .     FB0   FB1   FB2   FB3   FB4   FB5   .     .
+stage 3   FB0   FB1   FB2   FB3   FB4   FB5   .     .     .
+"""
+    assert main(["--schedule", name, "--stages", "4", "--steps", "6"]) == 0
+    assert capsys.readouterr().out.strip() == drawing.strip()
+
+
+@pytest.mark.parametrize(("kind", "words"), [("svg", "augmented Lagrangian"), ("trace", "message 0")])
+def test_the_command_writes_pictures_and_traces_of_a_wavefront(kind: str, words: str, tmp_path: Path) -> None:
+    out = tmp_path / "al"
+    assert main(["--schedule", "al", "--format", kind, "--out", str(out)]) == 0
+    assert words in out.read_text()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["al", "al-overlap"])
+def test_a_comparison_shows_the_fill_and_then_as_long_a_steady_state(
+    name: str, stages: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--compare", "--schedule", name, "--stages", str(stages)]) == 0
+    above, below, _ = capsys.readouterr().out.split("\n\n")
+    rows = [row[9:] for row in below.splitlines()[1:]]
+    length = max(len(row) for row in above.splitlines()[1:]) - 9
+    assert [len(row) for row in rows] == [length] * stages  # no stage has run out of batches
+    fill = length - len(rows[0].lstrip("."))
+    assert (fill > 0) == (stages > 1)
+    assert fill <= length / 2
+
+
+def test_a_comparison_with_penalty_remains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--compare", "--schedule", "penalty"]) == 0
+    assert "dsaux penalty, whole batches: 0 % idle, a batch every 3.30\n" in capsys.readouterr().out
+
+
 def test_the_command_checks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schedule", "1f1b", "--stages", "3", "--check"]) == 0
-    assert capsys.readouterr().out.startswith("1f1b: stages 3, micro-batches 3, buffers 3/2/2")
+    assert capsys.readouterr().out.startswith("1f1b: stages 3, batches 4, micro-batches 3, buffers 3/2/2")
+
+
+@pytest.mark.parametrize("name", ["al", "al-overlap", "penalty"])
+def test_dsaux_takes_whole_batches_unless_told_otherwise(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--schedule", name, "--stages", "3", "--steps", "7", "--check"]) == 0
+    assert capsys.readouterr().out.startswith(f"{name}: stages 3, batches 7, micro-batches 1, buffers 1/1/1")
 
 
 @pytest.mark.parametrize(
@@ -159,8 +301,9 @@ def test_the_command_checks(capsys: pytest.CaptureFixture[str]) -> None:
         (["--schedule", "zigzag"], "zigzag"),
         (["--schedule", "penalty", "--stages", "0"], "--stages is 0; it must be 1 or more"),
         (["--schedule", "penalty", "--aux_share", "2"], "--aux_share is 2.0; it must be between 0 and 1"),
-        ([], "give either --schedule NAME or --compare"),
-        (["--compare", "--schedule", "1f1b"], "give either --schedule NAME or --compare"),
+        ([], "give --schedule NAME, --compare or both"),
+        (["--compare", "--schedule", "1f1b"], "give --schedule al, al-overlap or penalty"),
+        (["--compare", "--check"], "--compare draws text or svg"),
         (["--compare", "--format", "trace"], "--compare draws text or svg"),
         (["--schedule", "penalty", "--steps", "two"], "invalid int value: 'two'"),
     ],

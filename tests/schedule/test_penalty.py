@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dsaux.schedules import SCHEDULES
+from dsaux.schedules import RUNS
 from dsaux.schedules.draw import text_grid
 from dsaux.schedules.penalty import PenaltySchedule
 from dsaux.schedules.timeline import simulate
 
-MICRO_BATCH = ["LoadReplicaBatch", "AuxForward", "LocalForward", "LocalBackward", "AuxBackward"]
+MICRO_BATCH = ["LoadReplicaBatch", "AuxForward", "LocalForward", "PenaltyLoss", "LocalBackward", "AuxBackward"]
 END_OF_BATCH = ["ReduceAuxGrads", "ReduceGrads", "OptimizerStep", "AuxOptimizerStep"]
 
 
@@ -17,8 +17,9 @@ def names(schedule: PenaltySchedule) -> list[list[str]]:
     return [[cmd.name for cmd in cmds] for cmds in schedule]
 
 
-def test_penalty_is_the_schedule_of_that_name() -> None:
-    assert SCHEDULES["penalty"] is PenaltySchedule
+def test_penalty_is_the_schedule_of_that_name_once_a_batch() -> None:
+    run = RUNS["penalty"](2, 3, 1, num_batches=4)
+    assert [type(schedule) for schedule in run] == [PenaltySchedule] * 4
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])

@@ -11,6 +11,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from dsaux.engine import AuxPipelineEngine
@@ -26,6 +27,7 @@ SIGNATURES = {
     (PipelineEngine, "set_dataiterator"): ["self", "iterator"],
     (PipelineEngine, "set_dataloader"): ["self", "loader"],
     (PipelineEngine, "train_batch"): ["self", "data_iter"],
+    (PipelineEngine, "set_train_batch_size"): ["self", "train_batch_size"],
     (DeepSpeedEngine, "clip_fp32_gradients"): ["self"],
     (PipelineModule, "_partition_layers"): ["self", "method"],
     (PipelineModule, "_set_bounds"): ["self", "start", "stop"],
@@ -47,6 +49,14 @@ def test_engine_is_chosen_by_a_name_of_the_deepspeed_module() -> None:
 def test_instruction_map_holds_unbound_functions_and_ours_is_complete() -> None:
     assert all(inspect.isfunction(function) for function in PipelineEngine._INSTRUCTION_MAP.values())
     assert set(PipelineEngine._INSTRUCTION_MAP) < set(AuxPipelineEngine._INSTRUCTION_MAP)
+
+
+def test_counts_and_ranks_that_the_wavefront_reads_are_still_there() -> None:
+    source = inspect.getsource(PipelineEngine.train_batch)
+    assert (
+        source.index("_aggregate_total_loss") < source.index("self.global_steps") < source.index("self.global_samples")
+    )
+    assert "self.pipe_groups" in inspect.getsource(PipelineParallelGrid)
 
 
 def test_the_norm_groups_that_are_cut_off_are_still_read_under_these_names() -> None:

@@ -23,13 +23,17 @@ STEP = StepStats(
     loss=1.234,
     train_accuracy=0.512,
     boundary_mismatch=(0.021, 0.015),
+    boundary_adjoint=(3.21, 0.987),
     stage_loss=(0.0123, 0.000456, 1.239),
+    waited_ticks=(0.012, 0.345, 0.0678),
     samples_per_s=612.3,
     learning_rate=0.0912,
     peak_memory_bytes=(1_234_567_890, 2_345_678_901, 345_678_901),
     phase="penalty",
 )
-EXACT_STEP = replace(STEP, phase="1f1b", boundary_mismatch=(), stage_loss=(None, None, 1.239))
+EXACT_STEP = replace(
+    STEP, phase="1f1b", boundary_mismatch=(), boundary_adjoint=(), stage_loss=(None, None, 1.239), waited_ticks=()
+)
 EVALUATION = EvalStats(
     step=92, epoch=2, top1=0.4125, top5=0.9105, loss=1.502, samples=1800, seconds=3.21, method="penalty"
 )
@@ -47,7 +51,9 @@ FINAL = FinalStats(
     test_samples=1800,
     train_samples_per_s=598.7,
     wall_s=754.2,
+    wait_share=[0.0123, 0.1, 0.0],
     boundary_mismatch=[0.021, 0.34],
+    boundary_adjoint=[3.21, 0.987],
     peak_memory_bytes=[1_234_567_890, 2_345_678_901, 345_678_901],
     seed=7,
     bounds=[0, 4, 7, 11],
@@ -55,6 +61,7 @@ FINAL = FinalStats(
     data="photos",
 )
 FINAL_WORDS = [
+    "1.2 % (stage 0), 10.0 % (stage 1), 0.0 % (stage 2)",
     "0.765 top-1",
     "0.932 top-5",
     "1,800 images",
@@ -274,9 +281,9 @@ def test_the_panel_shows_every_figure() -> None:
     ]:
         assert words in frame
     lines = [line.strip("│ ").split() for line in frame.splitlines()]
-    assert "0 stem .. group1.block3 0.0123 0.021 1.15 GiB".split() in lines  # noqa: SIM905
-    assert "1 group2.block1 .. group2.block3 0.000456 0.015 2.18 GiB".split() in lines  # noqa: SIM905
-    assert "2 head 1.24 - 330 MiB".split() in lines  # noqa: SIM905
+    assert "0 stem .. group1.block3 0.0123 0.021 3.210 0.012 1.15 GiB".split() in lines  # noqa: SIM905
+    assert "1 group2.block1 .. group2.block3 0.000456 0.015 0.987 0.345 2.18 GiB".split() in lines  # noqa: SIM905
+    assert "2 head 1.24 - - 0.068 330 MiB".split() in lines  # noqa: SIM905
 
 
 def test_a_large_mismatch_is_marked_by_a_word_in_the_panel() -> None:
@@ -292,8 +299,8 @@ def test_the_panel_names_the_exact_phase_and_shows_no_local_losses_in_it() -> No
     screen.display.step(EXACT_STEP)
     assert "exact (1f1b)" in screen.frame()
     lines = [line.strip("│ ").split() for line in screen.frame().splitlines()]
-    assert "0 stem .. group1.block3 - - 1.15 GiB".split() in lines  # noqa: SIM905
-    assert "2 head 1.24 - 330 MiB".split() in lines  # noqa: SIM905
+    assert "0 stem .. group1.block3 - - - - 1.15 GiB".split() in lines  # noqa: SIM905
+    assert "2 head 1.24 - - - 330 MiB".split() in lines  # noqa: SIM905
 
 
 def test_the_panel_before_the_first_step_has_its_name_and_clock() -> None:

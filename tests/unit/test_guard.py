@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dsaux.data.guard import LARGEST_DIGEST, batch_digest
+from dsaux.data.guard import LARGEST_DIGEST, BatchGuard, batch_digest
 
 
 def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,3 +75,23 @@ def test_another_process_gets_the_same_digest():
     )
     other = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
     assert int(other.stdout) == batch_digest(*batch())
+
+
+def test_batches_that_the_ranks_see_in_different_ticks_are_compared_when_they_have_come() -> None:
+    guard = BatchGuard([0, 2], every=100)
+    guard.add([None, 0], [0.0, 0.0, 7.0])
+    guard.add([0, 1], [7.0, 0.0, 0.0])
+    guard.add([None, 100], [0.0, 0.0, 8.0])
+    with pytest.raises(RuntimeError, match=r"in step 100 \(rank 0: 000009, rank 2: 000008\)"):
+        guard.add([100, 101], [9.0, 0.0, 0.0])
+
+
+def test_ranks_of_other_replicas_are_not_compared() -> None:
+    BatchGuard([0, 2], every=1).add([5, 5], [7.0, 9.0, 7.0])
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, [0]), (2, [0, 2, 4]), (1, [0, 1, 2, 3, 4])])
+def test_the_first_step_is_always_due(every: int, due: list[int]) -> None:
+    assert [step for step in range(5) if BatchGuard([0, 1], every=every).is_due(step)] == due
+    assert not BatchGuard([0, 1], every=every).is_due(None)
+    assert not BatchGuard([0], every=every).is_due(0), "one rank has nobody to compare with"

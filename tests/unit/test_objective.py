@@ -101,3 +101,28 @@ def test_sums_of_bf16_activations_are_taken_in_float32() -> None:
         loss, 0.5 * (output.double() - target.double()).square().mean().float(), rtol=1e-5, atol=0
     )
     assert objective.match_force(target, output, rho=1.0, scale=1.0).dtype == torch.bfloat16
+
+
+def test_adjoint_ratio_is_one_where_task_and_coupling_pull_alike() -> None:
+    output, variable = tensors(2)
+    assert objective.adjoint_ratio(variable, 2 * variable - output, output).item() == pytest.approx(1.0)
+    assert objective.adjoint_ratio(variable, variable, output).item() == 0.0
+
+
+def test_adjoint_ratio_is_that_of_the_two_parts_of_the_stage_s_gradient() -> None:
+    output, variable, gradient = tensors(3)
+    refreshed = objective.refreshed_variable(variable, gradient, beta=10.0, scale=0.7)
+    coupling = 10.0 / (D * 0.7) * (output - variable) / SHAPE[0]
+    expected = torch.linalg.vector_norm(gradient) / torch.linalg.vector_norm(coupling)
+    assert objective.adjoint_ratio(variable, refreshed, output).item() == pytest.approx(float(expected))
+
+
+def test_adjoint_ratio_of_a_perfect_match_is_finite() -> None:
+    (output,) = tensors(1)
+    assert torch.isfinite(objective.adjoint_ratio(output, output + 1, output))
+
+
+def test_refreshed_variable_of_a_bf16_network_is_float32() -> None:
+    """lambda' differs from lambda by little: rounding to bf16 would lose much of the difference."""
+    variable, gradient = (tensor.bfloat16() for tensor in tensors(2))
+    assert objective.refreshed_variable(variable, gradient, beta=10.0, scale=torch.tensor(0.7)).dtype == torch.float32

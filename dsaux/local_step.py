@@ -1,0 +1,287 @@
+"""The instructions of a local step, as methods on DeepSpeed's `PipelineEngine`. Base of the engine.
+
+Stage k of K takes lambda_k and makes X_(k+1). The schedules (`dsaux.schedules`) say in which order these run, the
+formulas are in `dsaux.objective`, the AuxNet's side in `dsaux.aux_replica`, the messages in `dsaux.transfers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from dsaux import objective
+from dsaux.aux_replica import AuxReplica, TickReport
+from dsaux.config import DsauxConfig
+from dsaux.data.guard import BatchGuard, batch_digest
+from dsaux.schedules import instructions
+from dsaux.transfers import VariableReceiver, VariableSender, WaitMeter
+from dsaux.wavefront import Tick
+
+NO_DATA = "train_batch has no data: pass data_iter on every rank, or call set_dataiterator first."
+AUX_FORWARD_TIMER = "aux_forward"
+AUX_BACKWARD_TIMER = "aux_backward"
+AUX_REDUCE_TIMER = "aux_reduce"
+AUX_STEP_TIMER = "aux_step"
+AUX_TIMERS = (AUX_FORWARD_TIMER, AUX_BACKWARD_TIMER, AUX_REDUCE_TIMER, AUX_STEP_TIMER)
+
+
+class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
+    """What a rank does for each instruction of a penalty or augmented Lagrangian schedule.
+
+    Attributes:
+        settings: the checked `dsaux` block of the configuration.
+        aux: this rank's replica of the AuxNet.
+        wait_meter: time that this rank has lost in waits for others.
+        sender: upper end of the boundary below this stage; None where nothing is sent.
+        receiver: lower end of the boundary above this stage; None where nothing is received.
+        boundary_mismatch: relative mismatch per boundary, shape (K-1,): the last value of each, NaN before the first;
+            empty under 1f1b.
+        boundary_adjoint: norm of the adjoint over that of the coupling force, likewise; 0 under penalty.
+    """
+
+    data_iterator: Any
+    settings: DsauxConfig
+    aux: AuxReplica
+    wait_meter: WaitMeter
+    sender: VariableSender | None
+    receiver: VariableReceiver | None
+    boundary_mismatch: Tensor
+    boundary_adjoint: Tensor
+
+    def _init_local_step(self, settings: DsauxConfig) -> None:
+        """Set what belongs to one rank and one tick; DeepSpeed's own constructor has run."""
+        self.settings = settings
+        self.wait_meter = WaitMeter(self.device)
+        self.sender = self.receiver = None
+        self.batch_fn = self._to_device
+        self.pipe_buffers.update({"variables": [], "stage_inputs": []})
+        self.train_loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
+        self.train_hits = torch.zeros((), device=self.device, dtype=torch.float64)
+        self.train_samples = self.train_batches = 0
+        self.boundary_mismatch = self.boundary_adjoint = torch.zeros(0)
+        self._output_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._guard = BatchGuard(self.grid.pp_group, every=settings.data.guard_every)
+        self._last_loss = torch.zeros((), device=self.device)
+        self._begin_tick(Tick((0,) * self.num_stages))
+
+    def _begin_tick(self, tick: Tick) -> None:
+        self._tick = tick
+        self._digest = 0
+        self._micro_batch = -1
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if batch is None:
+            raise RuntimeError(NO_DATA)
+        inputs, labels = batch
+        is_due = self._output_fn is None and self._guard.is_due(self._tick.steps[self.stage_id])
+        if is_due and self._digest == 0:
+            self._digest = batch_digest(inputs, labels)
+        if self.bfloat16_enabled() and inputs.is_floating_point():
+            inputs = inputs.bfloat16()
+        return inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _exec_load_replica_batch(self, buffer_id: int) -> None:
+        self._micro_batch += 1
+        inputs, labels = self._next_batch()
+        self.pipe_buffers["inputs"][buffer_id] = inputs
+        self.pipe_buffers["labels"][buffer_id] = labels
+
+    # ---- one micro-batch --------------------------------------------------------------------------------------------
+
+    def _exec_aux_forward(self, buffer_id: int) -> None:
+        """lambda_1 .. lambda_(k+1) with their graph: this stage's own input and, below the last stage, its target."""
+        self._start_timer(AUX_FORWARD_TIMER)
+        inputs = self.pipe_buffers["inputs"][buffer_id]
+        variables: list[Tensor] = []
+        if self.aux.net is not None:
+            depth = min(self.stage_id + 1, self.module.num_boundaries)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16_enabled()):
+                variables = self.aux.net(inputs, depth=depth)
+        self.pipe_buffers["variables"][buffer_id] = variables
+        self._stop_timer(AUX_FORWARD_TIMER)
+
+    def _exec_local_forward(self, buffer_id: int) -> None:
+        """X_(k+1) = F_k(lambda_k)."""
+        variables = self.pipe_buffers["variables"][buffer_id]
+        inputs = self.pipe_buffers["inputs"][buffer_id]
+        source = inputs if self.is_first_stage() else variables[self.stage_id - 1].to(inputs.dtype)
+        stage_input = source.detach()
+        stage_input.requires_grad_(not self.is_first_stage() or self._reentrant_activation_checkpointing())
+        self.pipe_buffers["stage_inputs"][buffer_id] = stage_input
+        self.pipe_buffers["outputs"][buffer_id] = DeepSpeedEngine.forward(self, stage_input)
+
+    def _exec_penalty_loss(self, buffer_id: int) -> None:
+        """The target is what this rank's own AuxNet gives the next stage."""
+        if self.is_last_stage():
+            self._task_loss(buffer_id)
+            return
+        target = self.pipe_buffers["variables"][buffer_id][self.stage_id]
+        self._coupling_loss(buffer_id, target, scale=self._scale(self.stage_id, target), adjoint=0.0)
+
+    def _exec_lagrangian_loss(self, buffer_id: int) -> None:
+        """The target is what the next stage has refreshed in the tick before, with the scale that it used."""
+        if self.is_last_stage():
+            self._task_loss(buffer_id)
+            return
+        assert self.receiver is not None, "all stages but the last receive"
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        refreshed, scale = self.receiver.read(self._micro_batch, like=outputs)
+        variable = self.pipe_buffers["variables"][buffer_id][self.stage_id]
+        adjoint = objective.adjoint_ratio(variable, refreshed, outputs)
+        self._coupling_loss(buffer_id, refreshed, scale=scale, adjoint=adjoint)
+
+    def _task_loss(self, buffer_id: int) -> None:
+        outputs, labels = self.pipe_buffers["outputs"][buffer_id], self.pipe_buffers["labels"][buffer_id]
+        self.loss = self.module.loss_fn(outputs, labels)
+        self._count_hits(outputs, labels)
+        self.aux.add_loss(self.loss, weight=1.0 / self.micro_batches)
+        self.train_loss_sum += self.loss.detach() / self.micro_batches
+
+    def _coupling_loss(self, buffer_id: int, target: Tensor, *, scale: Tensor | float, adjoint: Tensor | float) -> None:
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        variable = self.pipe_buffers["variables"][buffer_id][self.stage_id]
+        self.loss = objective.coupling_loss(outputs, target, beta=self.settings.aux.beta, scale=scale)
+        self.aux.add_boundary(
+            self.stage_id,
+            variance=objective.batch_variance(variable),
+            mismatch=objective.relative_mismatch(variable, outputs),
+            adjoint=adjoint,
+            weight=1.0 / self.micro_batches,
+        )
+        self.train_loss_sum += self.loss.detach() / self.micro_batches
+
+    def _exec_local_backward(self, buffer_id: int) -> None:
+        """Gradients of the stage's weights and g_k; DeepSpeed divides by the number of micro-batches."""
+        DeepSpeedEngine.backward(self, self.loss)
+
+    def _exec_refresh_variable(self, buffer_id: int) -> None:
+        """lambda'_k of this micro-batch, into the message to the stage before."""
+        assert self.sender is not None, "all stages but the first send"
+        variable = self.pipe_buffers["variables"][buffer_id][self.stage_id - 1]
+        # The loss was divided by the number of micro-batches; g_k is the gradient of the micro-batch's own mean.
+        gradient = self.pipe_buffers["stage_inputs"][buffer_id].grad * self.micro_batches
+        scale = self._scale(self.stage_id - 1, variable)
+        refreshed = objective.refreshed_variable(variable, gradient, beta=self.settings.aux.beta, scale=scale)
+        self.sender.write(self._micro_batch, refreshed, scale=scale)
+
+    def _exec_aux_backward(self, buffer_id: int) -> None:
+        """Forces of this rank's taps, pushed back through T_(k+1) .. T_1 in one backward pass."""
+        self._start_timer(AUX_BACKWARD_TIMER)
+        variables = self.pipe_buffers["variables"][buffer_id]
+        taps: list[Tensor] = []
+        forces: list[Tensor] = []
+        if not self.is_first_stage():
+            gradient = self.pipe_buffers["stage_inputs"][buffer_id].grad
+            taps.append(variables[self.stage_id - 1])
+            forces.append(objective.task_force(gradient, gamma=self.settings.aux.gamma).to(taps[-1].dtype))
+        if not self.is_last_stage():
+            target, outputs = variables[self.stage_id], self.pipe_buffers["outputs"][buffer_id]
+            force = objective.match_force(
+                target, outputs, rho=self.settings.aux.rho, scale=self._scale(self.stage_id, target)
+            )
+            taps.append(target)
+            forces.append(force / self.micro_batches)
+        if taps:
+            torch.autograd.backward(taps, forces)
+        for key in ("variables", "stage_inputs", "outputs", "inputs", "labels"):
+            self.pipe_buffers[key][buffer_id] = None
+        self._stop_timer(AUX_BACKWARD_TIMER)
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def _exec_send_variable(self) -> None:
+        """Pairs with `_exec_recv_variable` of stage k-1 in the same tick."""
+        assert self.sender is not None, "all stages but the first send"
+        self.sender.start()
+
+    def _exec_wait_send_variable(self) -> None:
+        assert self.sender is not None, "all stages but the first send"
+        self.sender.wait()
+
+    def _exec_recv_variable(self) -> None:
+        """Pairs with `_exec_send_variable` of stage k+1 in the same tick."""
+        assert self.receiver is not None, "all stages but the last receive"
+        self.receiver.post()
+
+    def _exec_wait_recv_variable(self) -> None:
+        assert self.receiver is not None, "all stages but the last receive"
+        self.receiver.wait()
+
+    # ---- the AuxNet's step ------------------------------------------------------------------------------------------
+
+    def _exec_reduce_aux_grads(self) -> None:
+        """Start the sum of the AuxNet's gradients over all ranks; `_exec_aux_optimizer_step` waits for it."""
+        if self._digest:
+            self.aux.add_digest(self._digest)
+        self.aux.start_sum(self._tick)
+
+    def _exec_aux_optimizer_step(self) -> None:
+        """Wait for the sum that was started last, compare the batch digests, step the AuxNet."""
+        self._start_timer(AUX_REDUCE_TIMER)
+        report = self.aux.finish_sum()
+        self._stop_timer(AUX_REDUCE_TIMER)
+        self._take_report(report)
+        self._start_timer(AUX_STEP_TIMER)
+        self.aux.step()
+        self._stop_timer(AUX_STEP_TIMER)
+        if self.wall_clock_breakdown() and self.global_steps % self.steps_per_print() == 0:
+            self.timers.log(list(AUX_TIMERS))
+
+    def _take_report(self, report: TickReport) -> None:
+        if report.tick.has_new_batch:
+            self._last_loss = report.loss
+        if self.boundary_mismatch.numel() == 0:
+            self.boundary_mismatch = torch.full_like(report.mismatch, float("nan"))
+            self.boundary_adjoint = self.boundary_mismatch
+        self.boundary_mismatch = torch.where(report.has_boundary, report.mismatch, self.boundary_mismatch)
+        self.boundary_adjoint = torch.where(report.has_boundary, report.adjoint, self.boundary_adjoint)
+        if any(self._guard.is_due(step) for step in report.tick.steps):
+            self._guard.add(report.tick.steps, report.digests.tolist())
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def _count_hits(self, outputs: Tensor, labels: Tensor) -> None:
+        if outputs.ndim == 2 and labels.ndim == 1:
+            self.train_hits += (outputs.detach().argmax(dim=1) == labels).sum()
+            self.train_samples += labels.numel()
+
+    def _scale(self, boundary: int, variable: Tensor) -> Tensor | float:
+        """v of a boundary; in the very first step, when there is none yet, the batch's own."""
+        if not self.settings.aux.scaled:
+            return 1.0
+        running = self.aux.variance[boundary]
+        return torch.where(running.isnan(), objective.batch_variance(variable).to(running.dtype), running)
+
+    def _start_timer(self, name: str) -> None:
+        if self.wall_clock_breakdown():
+            self.timers(name).start()
+
+    def _stop_timer(self, name: str) -> None:
+        if self.wall_clock_breakdown():
+            self.timers(name).stop()
+
+    # DeepSpeed dispatches by exact type through unbound functions: each instruction must stand in the map.
+    _INSTRUCTION_MAP = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        instructions.LoadReplicaBatch: _exec_load_replica_batch,
+        instructions.AuxForward: _exec_aux_forward,
+        instructions.LocalForward: _exec_local_forward,
+        instructions.PenaltyLoss: _exec_penalty_loss,
+        instructions.LagrangianLoss: _exec_lagrangian_loss,
+        instructions.LocalBackward: _exec_local_backward,
+        instructions.RefreshVariable: _exec_refresh_variable,
+        instructions.SendVariable: _exec_send_variable,
+        instructions.WaitSendVariable: _exec_wait_send_variable,
+        instructions.RecvVariable: _exec_recv_variable,
+        instructions.WaitRecvVariable: _exec_wait_recv_variable,
+        instructions.AuxBackward: _exec_aux_backward,
+        instructions.ReduceAuxGrads: _exec_reduce_aux_grads,
+        instructions.AuxOptimizerStep: _exec_aux_optimizer_step,
+    }
