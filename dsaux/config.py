@@ -186,6 +186,19 @@ class Config:
         """Returns the effective JSON document; `config_from_dict` makes an equal Config of it."""
         return {**copy.deepcopy(self.deepspeed), "dsaux": _to_plain(self.dsaux)}
 
+    def settings_without_effect(self) -> list[str]:
+        """Returns a sentence for each dsaux key that was changed but that this schedule does not use."""
+        schedule, aux = self.dsaux.pipeline.schedule, self.dsaux.aux
+        if schedule in ("al", "1f1b"):  # a twin under 1f1b has the whole block of the run that it is compared with
+            return []
+        changed = {"overlap": aux.overlap, "transport": aux.transport != "full"}
+        return [
+            f"dsaux.aux.{key} is {show(getattr(aux, key))}, which has no effect with schedule {schedule}: it sends no"
+            " refreshed variables. Set dsaux.pipeline.schedule to al, or leave the key out."
+            for key, is_changed in changed.items()
+            if is_changed
+        ]
+
     def without_auxnet(self) -> Config:
         """Returns the configuration for the network alone, as evaluation uses it: schedule 1f1b, no AuxNet."""
         pipeline = replace(self.dsaux.pipeline, schedule="1f1b")

@@ -94,6 +94,9 @@ class Trainer:
     def fit(self) -> Evaluation:
         """Train to the end, evaluate, save the network; returns the last evaluation."""
         started = time.perf_counter()
+        for text in self.config.settings_without_effect():
+            if self.display:
+                self.display.warning(text)
         result: Evaluation | None = None
         evaluated_at = -1
         while self.step < self.total_steps:

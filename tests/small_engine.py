@@ -13,6 +13,7 @@ from dsaux.assemble import cross_entropy
 from dsaux.bootstrap import initialize
 from dsaux.engine import AuxPipelineEngine
 from dsaux.module import AuxPipelineModule
+from tests.ranks import run_ranks
 from tests.small_net import batches, small_aux_net, small_config, small_layers
 
 GLOBAL_BATCH = 16
@@ -103,6 +104,18 @@ def train(case: Case, *, each_step: Callable[[AuxPipelineEngine, int], None] | N
             engine.drain()
     engine.drain()
     return {"losses": losses, "mismatches": mismatches, **weights(engine)}
+
+
+def train_each(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """:func:`train` for several cases in the same processes: starting ranks costs more than a case."""
+    return {name: train(case) for name, case in cases.items()}
+
+
+def trained(cases: dict[str, Case], world_size: int) -> dict[str, list[dict[str, Any]]]:
+    """Results by case, in rank order, of those among `cases` that take `world_size` ranks."""
+    fitting = {name: case for name, case in cases.items() if case.world_size == world_size}
+    ranks = run_ranks(train_each, world_size, fitting)
+    return {name: [rank[name] for rank in ranks] for name in fitting}
 
 
 def weights(engine: AuxPipelineEngine) -> dict[str, Any]:

@@ -14,6 +14,7 @@ Stage k treats batch t-(K-1-k) in tick t, with its own weights of exactly that b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -32,7 +33,7 @@ from dsaux.models.auxnet import AuxNet
 from dsaux.module import AuxPipelineModule
 from tests.multiprocess.test_penalty_numerics import learning_rate
 from tests.ranks import run_ranks
-from tests.small_engine import Case, train
+from tests.small_engine import Case, trained
 from tests.small_net import small_aux_net, small_layers
 
 pytestmark = pytest.mark.multiprocess
@@ -85,11 +86,16 @@ CASES = {
 }
 
 
+@functools.cache
+def results(world_size: int) -> dict[str, list[dict[str, Any]]]:
+    return trained(CASES, world_size)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_ten_ticks_equal_the_formulas(name: str) -> None:
     case = CASES[name]
     expected = simulate(case)
-    for rank, got in enumerate(run_ranks(train, case.world_size, case)):
+    for rank, got in enumerate(results(case.world_size)[name]):
         np.testing.assert_allclose(got["losses"], expected["losses"], rtol=TOLERANCE, atol=TOLERANCE)
         np.testing.assert_allclose(got["mismatches"], expected["mismatches"], rtol=TOLERANCE, atol=TOLERANCE)
         assert got["stage"], f"rank {rank} holds no layer"

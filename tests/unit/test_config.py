@@ -320,3 +320,26 @@ def test_configuration_is_checked_without_pytorch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# ---- settings without effect -------------------------------------------------------------------------------
+
+
+def test_keys_of_al_are_named_where_another_schedule_does_not_use_them() -> None:
+    keys = {"dsaux.aux.overlap": True, "dsaux.aux.transport": "bf16"}
+    overlap, transport = _config(**keys, **{"dsaux.pipeline.schedule": "penalty"}).settings_without_effect()
+    assert "dsaux.aux.overlap is true, which has no effect with schedule penalty" in overlap
+    assert 'dsaux.aux.transport is "bf16"' in transport
+    assert _config(**keys, **{"dsaux.pipeline.schedule": "al"}).settings_without_effect() == []
+    assert _config(**{"dsaux.pipeline.schedule": "penalty"}).settings_without_effect() == []
+
+
+def test_a_twin_under_1f1b_is_not_warned_of_the_block_it_shares() -> None:
+    keys = {"dsaux.aux.overlap": True, "dsaux.pipeline.schedule": "1f1b"}
+    assert _config(**keys).settings_without_effect() == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("transport", "fp16"), ("overlap", "yes")])
+def test_wrong_values_of_the_keys_of_al_are_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"dsaux\.aux\.{key} is"):
+        _config(**{f"dsaux.aux.{key}": value})
