@@ -316,7 +316,8 @@ class AuxPipelineEngine(LocalStepEngine):
         if path is not None and "dsaux" in client_state:
             state = client_state.pop("dsaux")
             self.aux.load_state_dict(state["aux"])
-            self._set_schedule(state["schedule"])
+            if state["schedule"] == "1f1b":  # the run had gone over to its exact epochs
+                self._set_schedule("1f1b")
         return path, client_state
 
     # ---- parts ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ TRANSPORTS = {"full": None, "bf16": torch.bfloat16}
 """Values of `dsaux.aux.transport`: precision of lambda' on its way; None is float32, or the network's float64."""
 
 _SCALE_BYTES = 8
+_KEPT_EVENTS = 1000
 
 
 class WaitMeter:
@@ -38,7 +40,7 @@ class WaitMeter:
     def __init__(self, device: torch.device) -> None:
         self._on_host = device.type == "cpu"
         self._waited_s = 0.0
-        self._events: list[tuple[Any, Any]] = []
+        self._events: deque[tuple[Any, Any]] = deque()
 
     def wait(self, work: Any) -> None:
         """Wait for a transfer or a collective, and count the time."""
@@ -52,15 +54,20 @@ class WaitMeter:
         work.wait()
         after.record()
         self._events.append((before, after))
+        if len(self._events) > _KEPT_EVENTS:  # nobody asks: old ones have long ended
+            self._count(self._events.popleft())
 
     def take_s(self) -> float:
         """Seconds waited since the last call; synchronises with a GPU."""
-        for before, after in self._events:
-            after.synchronize()
-            self._waited_s += before.elapsed_time(after) / 1000.0
+        while self._events:
+            self._count(self._events.popleft())
         waited_s, self._waited_s = self._waited_s, 0.0
-        self._events.clear()
         return waited_s
+
+    def _count(self, pair: tuple[Any, Any]) -> None:
+        before, after = pair
+        after.synchronize()
+        self._waited_s += before.elapsed_time(after) / 1000.0
 
 
 class _Message:
