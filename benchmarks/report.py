@@ -1,47 +1,82 @@
-"""Write the tables of README.md from what was measured and from the configuration's own description.
+"""Write the tables of README.md and docs/choosing.md from what was measured and from the configuration's description.
 
-python benchmarks/report.py            put the tables between their markers
-python benchmarks/report.py --check    fail if README.md says anything else
+python benchmarks/report.py            put the tables between their markers; say which ones lack markers or data
+python benchmarks/report.py --check    fail if a document says anything else, or a table lacks its markers or data
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import choices
+from seeds import Row, read_lines
 
 from dsaux.config import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-SEEDS = ROOT / "benchmarks/results/seeds.jsonl"
+RESULTS = ROOT / "benchmarks/results"
+SEEDS, WAITS, CHOICES = (RESULTS / f"{name}.jsonl" for name in ("seeds", "waits", "choices"))
 
-Row = dict[str, Any]
+SEEDS_SUITES = ("quickstart", "3 stages", "4 stages, uneven")
+ACCURACY_SUITES = ("resnet20, 3 stages", "resnet20, 3 stages, twice as long", "resnet32, 5 stages")
+"""Which suites of seeds.jsonl belong to which table."""
+
+
+@dataclass(frozen=True)
+class TableOfDocument:
+    """One generated table.
+
+    Attributes:
+        document: path of the document below the repository's root.
+        make: makes the table's text; raises ValueError where data are missing.
+    """
+
+    document: str
+    make: Callable[[], str]
 
 
 def main() -> int:
-    """Write or check README.md; 1 if it should be other than it is."""
+    """Write or check the documents; 1 if one should be other than it is, or cannot be checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if a table is not up to date")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    new = text
+    problems = []
+    for document in dict.fromkeys(table.document for table in TABLES.values()):
+        path = ROOT / document
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        new, lacking = with_tables(text, document=document)
+        problems += lacking
+        if new == text:
+            continue
+        if arguments.check:
+            problems.append(f"{document} has a table that is not what its data say. Run: python benchmarks/report.py")
+        else:
+            path.write_text(new, encoding="utf-8")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems and arguments.check else 0
+
+
+def with_tables(text: str, *, document: str) -> tuple[str, list[str]]:
+    """A document's text with its tables as they should be, and what keeps a table from being made."""
+    lacking = []
     for name, table in TABLES.items():
-        new = between_markers(new, name=name, table=table())
-    if new == text:
-        return 0
-    if arguments.check:
-        print("README.md has a table that is not what its data say. Run: python benchmarks/report.py", file=sys.stderr)
-        return 1
-    README.write_text(new, encoding="utf-8")
-    return 0
+        if table.document != document:
+            continue
+        try:
+            text = between_markers(text, name=name, table=table.make(), document=document)
+        except ValueError as error:
+            lacking.append(f"table {name} of {document}: {error}")
+    return text, lacking
 
 
-def between_markers(text: str, *, name: str, table: str) -> str:
+def between_markers(text: str, *, name: str, table: str, document: str = "README.md") -> str:
     """`text` with `table` between the two comments that name it.
 
     Raises:
@@ -51,14 +86,17 @@ def between_markers(text: str, *, name: str, table: str) -> str:
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"README.md lacks the markers {start.strip()} and {end}; put them where the table belongs.")
+        raise ValueError(f"{document} lacks the markers {start.strip()} and {end}; put them where the table belongs.")
     return f"{before}{start}{table}\n{end}{after}"
 
 
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+
 def seeds_table() -> str:
-    """One line for each suite, configuration and number of stages: mean, spread and n."""
+    """One line for each suite of the first measurements, configuration and number of stages: mean, spread and n."""
     groups: dict[tuple[str, int, str], list[Row]] = {}
-    rows = [json.loads(line) for line in SEEDS.read_text(encoding="utf-8").splitlines()]
+    rows = suite_rows(SEEDS_SUITES)
     for row in rows:
         final = row["final"]
         groups.setdefault((row["suite"], final["stages"], final["method"]), []).append(row)
@@ -69,7 +107,6 @@ def seeds_table() -> str:
     ]
     for (suite, stages, method), members in groups.items():
         finals = [member["final"] for member in members]
-        accuracy = [final["test_accuracy"] for final in finals]
         speed = [final["train_samples_per_s"] for final in finals]
         command_s = statistics.median(member["command_wall_s"] for member in members)
         # More ranks than cores: times would say how the cores were shared, not how fast the schedule is.
@@ -79,37 +116,225 @@ def seeds_table() -> str:
             str(stages),
             ", ".join(sorted({str(final["bounds"][1:-1]) for final in finals})),
             f"`{method}`",
-            f"{statistics.mean(accuracy):.3f} ({min(accuracy):.3f} to {max(accuracy):.3f})",
+            mean_and_range([final["test_accuracy"] for final in finals]),
             str(len(finals)),
             f"{statistics.median(speed):.0f} ({min(speed):.0f} to {max(speed):.0f})" if has_cores else "-",
             f"{command_s:.0f} s" if has_cores else "-",
             mean_mismatch(finals),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(table_line(cells))
     return "\n".join([*lines, "", machine_line(rows)])
 
 
-def mean_mismatch(finals: list[Row]) -> str:
+def accuracy_table() -> str:
+    """One line for each suite and configuration, with the difference to the suite's 1f1b runs, seed by seed."""
+    rows = suite_rows(ACCURACY_SUITES)
+    lines = [
+        "| suite | method | configuration | test accuracy, mean (range) | n | difference to 1f1b ± its standard error "
+        "| epochs | of them exact | mismatch per boundary | adjoint/coupling per boundary |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for suite in ACCURACY_SUITES:
+        cases: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            if row["suite"] == suite:
+                cases.setdefault((row["final"]["method"], row["case"]), []).append(row["final"])
+        twins = [finals for (method, _), finals in cases.items() if method == "1f1b"]
+        if len(twins) > 1:
+            raise ValueError(f"suite {suite} has {len(twins)} configurations with method 1f1b; keep one as the twin.")
+        for (method, case), finals in cases.items():
+            cells = [
+                suite,
+                f"`{method}`",
+                f"`{case}`",
+                mean_and_range([final["test_accuracy"] for final in finals]),
+                str(len(finals)),
+                paired_difference(finals, twins[0]) if twins and method != "1f1b" else "-",
+                listed({final["epochs"] for final in finals}),
+                listed({final["exact_epochs"] for final in finals}),
+                mean_mismatch(finals),
+                boundary_means(finals, "boundary_adjoint", digits=2),
+            ]
+            lines.append(table_line(cells))
+    return "\n".join([*lines, "", machine_line(rows)])
+
+
+def waits_table() -> str:
+    """One line for each schedule and setting of the sleeping stages, the newest measurement of each."""
+    keys = ("stages", "micro_batches", "forward_ms", "backward_ms", "jitter", "schedule")
+    newest = {tuple(row[key] for key in keys): row for row in data_of(WAITS, command="benchmarks/waits.py")}
+    lines = [
+        "| schedule | stages | micro-batches | sleeps, ms | jitter | busy per rank in %, median | lowest to highest "
+        "| of it AuxNet | waits | busy in theory | step in ms, median (range) | blocks |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in newest.values():
+        middle, least, most = (1000 * value for value in row["step_s"])
+        low, high = min(rank[1] for rank in row["busy"]), max(rank[2] for rank in row["busy"])
+        cells = [
+            f"`{row['schedule']}`",
+            str(row["stages"]),
+            str(row["micro_batches"]),
+            f"{row['forward_ms']:g} + {row['backward_ms']:g}",
+            f"{row['jitter']:g}",
+            per_cents(rank[0] for rank in row["busy"]),
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            per_cents(row["aux_share"]) if any(row["aux_share"]) else "-",
+            per_cents(row["wait_share"]) or "-",
+            f"{100 * row['theory_busy']:.1f}",
+            f"{middle:.0f} ({least:.0f} to {most:.0f})",
+            f"{row['n']} of {row['steps']} steps",
+        ]
+        lines.append(table_line(cells))
+    return "\n".join([*lines, "", environment_line([row["environment"] for row in newest.values()])])
+
+
+def choices_table() -> str:
+    """One line for each configuration, group and value."""
+    rows = data_of(CHOICES, command="benchmarks/choices.py")
+    lines = [
+        "| configuration | key | value | test accuracy, mean (range) | n | mismatch per boundary | failed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        own = [row for row in rows if row["case"] == case]
+        for group in choices.GROUPS:
+            for value, members in choices.points(own, group):
+                finals = [row["final"] for row in members if not row["failed"]]
+                errors = [row["error"] for row in members if row["failed"]]
+                is_base = value == members[0]["base"][group]
+                cells = [
+                    f"`{case}`",
+                    f"`{group}`",
+                    f"{value_text(value)} (base)" if is_base else value_text(value),
+                    mean_and_range([final["test_accuracy"] for final in finals]) if finals else "-",
+                    str(len(finals)),
+                    mean_mismatch(finals) if finals else "-",
+                    f"{len(errors)}: {errors[-1]}".replace("|", "\\|") if errors else "-",
+                ]
+                lines.append(table_line(cells))
+    return "\n".join([*lines, "", machine_line([row for row in rows if not row["failed"]])])
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def suite_rows(suites: Sequence[str]) -> list[Row]:
+    """The lines of seeds.jsonl that belong to these suites.
+
+    Raises:
+        ValueError: if a suite has no line, or the file has a suite that belongs to no table.
+    """
+    rows = data_of(SEEDS, command="benchmarks/seeds.py")
+    strange = sorted({row["suite"] for row in rows} - {*SEEDS_SUITES, *ACCURACY_SUITES})
+    if strange:
+        raise ValueError(
+            f"{SEEDS.name} has the suite {strange[0]!r}, which belongs to no table; add it to SEEDS_SUITES or "
+            "ACCURACY_SUITES in benchmarks/report.py."
+        )
+    absent = [suite for suite in suites if all(row["suite"] != suite for row in rows)]
+    if absent:
+        raise ValueError(f"{SEEDS.name} has no line of suite {absent[0]!r}; measure it with benchmarks/seeds.py.")
+    return [row for row in rows if row["suite"] in suites]
+
+
+def data_of(path: Path, *, command: str) -> list[Row]:
+    """The lines of a file of results.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    rows = read_lines(path)
+    if not rows:
+        raise ValueError(f"{path.parent.name}/{path.name} is missing or empty; measure with {command}.")
+    return rows
+
+
+def paired_difference(finals: Iterable[Row], twins: Iterable[Row]) -> str:
+    """Mean difference of test accuracy over the seeds that both have, and its standard error; a dash without a pair."""
+    twin = {final["seed"]: final["test_accuracy"] for final in twins}
+    differences = [final["test_accuracy"] - twin[final["seed"]] for final in finals if final["seed"] in twin]
+    if not differences:
+        return "-"
+    if len(differences) == 1:
+        return f"{differences[0]:+.3f} (one pair)"
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    mean = round(statistics.mean(differences), 3) + 0.0  # no "-0.000"
+    return f"{mean:+.3f} ± {error:.3f}"
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """Mean, smallest and largest value."""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def mean_mismatch(finals: Sequence[Row]) -> str:
     """Mean over the seeds of the last relative mismatch of each boundary; a dash for 1f1b."""
-    columns = zip(*(final["boundary_mismatch"] for final in finals), strict=True)
-    return ", ".join(f"{statistics.mean(column):.3f}" for column in columns) or "-"
+    return boundary_means(finals, "boundary_mismatch", digits=3)
 
 
-def machine_line(rows: list[Row]) -> str:
-    """Machine and versions of the measurements, and the seeds."""
-    environments = [row["environment"] for row in rows]
-    machines = sorted({f"{env['cores']} cores of {env['cpu']}, no GPU" for env in environments if not env["gpus"]})
+def boundary_means(finals: Sequence[Row], key: str, *, digits: int) -> str:
+    """Mean over the runs of a figure of each boundary; a dash where a run has none, as lines of older versions."""
+    columns = zip(*(final.get(key) or () for final in finals), strict=False)
+    means = (statistics.mean(value for value in column if value is not None) for column in columns if any_known(column))
+    return ", ".join(f"{mean:.{digits}f}" for mean in means) or "-"
+
+
+def any_known(values: Iterable[float | None]) -> bool:
+    """Whether one of the values is a number; NaN is null in a file of results."""
+    return any(value is not None for value in values)
+
+
+def machine_line(rows: Sequence[Row]) -> str:
+    """Seeds, machine and versions of some training runs."""
+    seeds = listed({row["final"]["seed"] for row in rows})
+    line = environment_line([row["environment"] for row in rows])
+    return f"Seeds {seeds}; {line}" if rows else "No run has ended."
+
+
+def environment_line(environments: Sequence[Row]) -> str:
+    """Machine, versions and days of some measurements."""
+    machines = sorted({f"{env['cores']} cores of {env['cpu']}, {gpus_text(env['gpus'])}" for env in environments})
     kinds = ("torch", "deepspeed", "dali")
     versions = sorted({", ".join(f"{kind} {env['versions'][kind]}" for kind in kinds) for env in environments})
-    seeds = sorted({row["final"]["seed"] for row in rows})
     days = sorted({env["started_utc"][:10] for env in environments})
-    return (
-        f"Seeds {', '.join(map(str, seeds))}; {'; '.join(machines)}; {'; '.join(versions)}; "
-        f"measured {' and '.join(days)}."
-    )
+    return f"{'; '.join(machines)}; {'; '.join(versions)}; measured {' and '.join(days)}."
 
 
-TABLES: dict[str, Callable[[], str]] = {"configuration": markdown_table, "seeds": seeds_table}
+def gpus_text(gpus: Sequence[str]) -> str:
+    """GPUs in words."""
+    return f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU"
+
+
+def table_line(cells: Iterable[str]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def listed(values: Iterable[int]) -> str:
+    """Different values in order."""
+    return ", ".join(map(str, sorted(set(values))))
+
+
+def per_cents(shares: Iterable[float]) -> str:
+    """Shares in per cent, without the sign."""
+    return ", ".join(f"{100 * share:.1f}" for share in shares)
+
+
+def value_text(value: object) -> str:
+    """A value as the configuration writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+TABLES: dict[str, TableOfDocument] = {
+    "configuration": TableOfDocument("README.md", markdown_table),
+    "seeds": TableOfDocument("README.md", seeds_table),
+    "accuracy": TableOfDocument("README.md", accuracy_table),
+    "waits": TableOfDocument("README.md", waits_table),
+    "choices": TableOfDocument("docs/choosing.md", choices_table),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
+Row = dict[str, Any]
 
 
 def main() -> int:
@@ -29,12 +32,10 @@ def main() -> int:
         for config in arguments.ds_config:
             overrides = [f"dsaux.run.seed={seed}", *arguments.set]
             row = run(config, num_processes=arguments.num_gpus, overrides=overrides, suite=arguments.suite)
-            if row is None:
+            if row["failed"]:
                 failed += 1
                 continue
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(arguments.out, row)
             final = row["final"]
             print(
                 f"{row['case']}, seed {seed}: test accuracy {final['test_accuracy']:.4f}, "
@@ -60,12 +61,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(config: Path, *, num_processes: int, overrides: list[str], suite: str) -> dict[str, Any] | None:
-    """Launch one training run as a user would; return its line of results, None if it failed."""
+def run(config: Path, *, num_processes: int, overrides: list[str], suite: str) -> Row:
+    """Launch one training run as a user would.
+
+    Args:
+        config: the configuration.
+        num_processes: processes to start.
+        overrides: "KEY=VALUE" each, for `--set`.
+        suite: name of the table that the line belongs to.
+
+    Returns:
+        Its line of results. Where the run failed "failed" is true, "final" None and "error" the error's last line.
+    """
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
     with tempfile.TemporaryDirectory(prefix="dsaux-") as folder:
         run_dir = Path(folder) / "run"
-        command = [launcher, "--num_gpus", str(num_processes), "train.py", "--ds_config", str(config.resolve())]
+        # A port of its own: two studies may run side by side.
+        command = [launcher, "--num_gpus", str(num_processes), "--master_port", str(free_port()), "train.py"]
+        command += ["--ds_config", str(config.resolve())]
         for override in overrides:
             command += ["--set", override]
         started = time.perf_counter()
@@ -73,23 +86,53 @@ def run(config: Path, *, num_processes: int, overrides: list[str], suite: str) -
             [*command, "--run_dir", str(run_dir)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         wall_s = time.perf_counter() - started
-        if done.returncode != 0:
+        failed = done.returncode != 0
+        if failed:
             print(
                 f"{config.stem} {overrides} failed with exit code {done.returncode}:\n{done.stdout[-3000:]}",
                 file=sys.stderr,
             )
-            return None
-        events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        environment = json.loads((run_dir / "environment.json").read_text())
+        events = read_lines(run_dir / "metrics.jsonl")
+        environment = {} if failed else json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
         return {
             "suite": suite,
             "case": config.stem,
             "num_processes": num_processes,
             "overrides": overrides,
             "command_wall_s": round(wall_s, 1),
-            "final": next(event for event in reversed(events) if event["event"] == "final"),
+            "failed": failed,
+            "exit_code": done.returncode,
+            "error": last_error(done.stdout) if failed else None,
+            "evals": [[event["epoch"], event["top1"]] for event in events if event["event"] == "eval"],
+            "final": None if failed else next(event for event in reversed(events) if event["event"] == "final"),
             "environment": {key: value for key, value in environment.items() if key not in ("command", "host")},
         }
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def last_error(output: str) -> str:
+    """The last line in which a rank says its error, without the rank; else the last line that is not empty."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.partition("] error: ")[2] for line in lines if line.startswith("[rank ") and "] error: " in line]
+    return (errors or lines or ["no output"])[-1]
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The JSON objects of a file, one a line; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def append_line(path: Path, row: Row) -> None:
+    """Add one line of results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

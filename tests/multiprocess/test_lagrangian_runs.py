@@ -261,16 +261,16 @@ def train_with_a_short_last_batch(case: Case) -> None:
 # ---- slow ranks -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, OVERLAP], ids=["in step", "overlap"])
-def test_random_delays_change_nothing_in_2000_ticks_on_four_ranks(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("ticks", "changes"), [(SOAK_TICKS, {}), (500, OVERLAP)], ids=["2000", "500 with overlap"])
+def test_random_delays_change_nothing_in_many_ticks_on_four_ranks(ticks: int, changes: dict[str, Any]) -> None:
     """No deadlock; and no reordering: the same bits as without delays; and the AuxNet's replicas stay equal."""
-    case = float32((0, 1, 2, 5, 6), steps=SOAK_TICKS, drain_after=(700, 703), changes=changes)
+    case = float32((0, 1, 2, 5, 6), steps=ticks, drain_after=(300, 303), changes=changes)
     delayed = run_ranks(train_with_delays, 4, case, 0.002, time_limit_s=SOAK_LIMIT_S)
     assert_auxnet_replicas_are_equal(delayed, case.bounds)
     straight = run_ranks(train_with_delays, 4, case, 0.0, time_limit_s=SOAK_LIMIT_S)
     for one, two in zip(straight, delayed, strict=True):
         assert one["losses"] == two["losses"]
-        assert len(one["losses"]) == SOAK_TICKS
+        assert len(one["losses"]) == ticks
         for key, weight in one["stage"].items():
             assert np.array_equal(weight, two["stage"][key]), key
 
