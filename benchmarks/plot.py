@@ -137,8 +137,9 @@ def choices_figure(rows: Sequence[Row], *, case: str) -> Figure:
                 above.set_ylabel("test accuracy")
                 below.set_ylabel("mismatch")
         seeds = sorted({row["seed"] for row in own})
+        noun = "seed" if len(seeds) == 1 else "seeds"
         note = (
-            f"Mean and range over seeds {', '.join(map(str, seeds))}. Dashed line and ring: the base. "
+            f"Mean and range over {noun} {', '.join(map(str, seeds))}. Dashed line and ring: the base. "
             "Cross: a run that failed. Mismatch: a line for each boundary."
         )
         figure.text(0.025, 0.16 / figure.get_figheight(), note, color=QUIET)
@@ -172,13 +173,16 @@ def draw_group(above: Axes, below: Axes, *, group: str, points: Sequence[tuple[A
             if known:
                 boundaries.setdefault(boundary, []).append((x, statistics.mean(known)))
     above.plot(*zip(*means, strict=True), color=BLUE, linewidth=1.2, marker="o", markersize=4.5) if means else None
+    # The higher of two labels stands above its line, the lower one below: lines often end close to each other.
+    ends = sorted(boundaries, key=lambda boundary: boundaries[boundary][-1][1])
     for boundary, line in boundaries.items():
+        lift = 3.5 * (2 * ends.index(boundary) - len(ends) + 1)
         colour = COLOURS[(boundary + 1) % len(COLOURS)]
         below.plot(*zip(*line, strict=True), color=colour, linewidth=1, marker=".", markersize=5)
         below.annotate(
             f"{boundary}-{boundary + 1}",
             line[-1],
-            xytext=(5, 0),
+            xytext=(5, lift),
             textcoords="offset points",
             color=colour,
             fontsize=8,

@@ -287,9 +287,9 @@ def any_known(values: Iterable[float | None]) -> bool:
 
 def machine_line(rows: Sequence[Row]) -> str:
     """Seeds, machine and versions of some training runs."""
-    seeds = listed({row["final"]["seed"] for row in rows})
+    seeds = {row["final"]["seed"] for row in rows}
     line = environment_line([row["environment"] for row in rows])
-    return f"Seeds {seeds}; {line}" if rows else "No run has ended."
+    return f"Seed{'s' if len(seeds) > 1 else ''} {listed(seeds)}; {line}" if rows else "No run has ended."
 
 
 def environment_line(environments: Sequence[Row]) -> str:
