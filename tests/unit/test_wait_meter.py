@@ -52,7 +52,7 @@ def test_on_a_cpu_the_time_in_wait_counts() -> None:
     meter = WaitMeter(torch.device("cpu"))
     for _ in range(3):
         meter.wait(Work())
-    assert 0.06 <= meter.take_s() < 1.0
+    assert meter.take_s() >= 0.06
     assert meter.take_s() == 0.0
 
 
