@@ -136,10 +136,8 @@ def choices_figure(rows: Sequence[Row], *, case: str) -> Figure:
             if column == 0:
                 above.set_ylabel("test accuracy")
                 below.set_ylabel("mismatch")
-        seeds = sorted({row["seed"] for row in own})
-        noun = "seed" if len(seeds) == 1 else "seeds"
         note = (
-            f"Mean and range over {noun} {', '.join(map(str, seeds))}. Dashed line and ring: the base. "
+            "Mean and range over the seeds (the table has n). Dashed line and ring: the base. "
             "Cross: a run that failed. Mismatch: a line for each boundary."
         )
         figure.text(0.025, 0.16 / figure.get_figheight(), note, color=QUIET)
