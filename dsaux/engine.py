@@ -139,7 +139,7 @@ class AuxPipelineEngine(LocalStepEngine):
             if self.data_iterator is None:  # said at once, also by a stage whose turn to read comes later
                 raise RuntimeError(NO_DATA)
             if self.wavefront.is_empty:
-                self.aux.begin()
+                self.aux.begin()  # a step that failed half-way may have left gradients
             self.wavefront.enter(self.data_iterator, step=self.global_steps)
             loss: Tensor = self._run_tick(super().train_batch)
             self._count_ahead(-1)

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dsaux.schedules.lagrangian import wavefront_batch
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -80,8 +82,9 @@ class Wavefront:
 
     def present(self) -> Tick:
         """What the stages do in the present tick."""
-        batches = (self.tick - self.lag * (self.num_stages - 1 - stage) for stage in range(self.num_stages))
-        return Tick(tuple(self._first_step + batch if 0 <= batch < self.num_batches else None for batch in batches))
+        size = {"num_stages": self.num_stages, "num_batches": self.num_batches, "lag": self.lag}
+        batches = (wavefront_batch(self.tick, stage, **size) for stage in range(self.num_stages))
+        return Tick(tuple(None if batch is None else self._first_step + batch for batch in batches))
 
     def take_data(self) -> Iterator[Any] | None:
         """The iterator that holds this stage's batch of the present tick; None for a stage without one."""

@@ -127,7 +127,7 @@ class LagrangianSchedule(PipeSchedule):  # type: ignore[misc]
         return [*own, *before, ReduceAuxGrads(), *flush]
 
 
-def wavefront_batch(tick: int, stage: int, *, num_stages: int, num_batches: int) -> int | None:
+def wavefront_batch(tick: int, stage: int, *, num_stages: int, num_batches: int, lag: int = 1) -> int | None:
     """The batch that a stage treats in a tick of the wavefront; None while it fills or drains.
 
     Args:
@@ -135,6 +135,7 @@ def wavefront_batch(tick: int, stage: int, *, num_stages: int, num_batches: int)
         stage: the stage k.
         num_stages: number of stages K.
         num_batches: batches that have entered the wavefront.
+        lag: ticks from a stage to the one before it.
     """
-    batch = tick - (num_stages - 1 - stage)
+    batch = tick - lag * (num_stages - 1 - stage)
     return batch if 0 <= batch < num_batches else None

@@ -31,7 +31,7 @@ from dsaux.bootstrap import initialize
 from dsaux.models import build_layer
 from dsaux.models.auxnet import AuxNet
 from dsaux.module import AuxPipelineModule
-from tests.multiprocess.test_penalty_numerics import learning_rate
+from tests.multiprocess.test_penalty_numerics import learning_rate, weights_of
 from tests.ranks import run_ranks
 from tests.small_engine import Case, trained
 from tests.small_net import small_aux_net, small_layers
@@ -272,17 +272,7 @@ def simulate(case: Case) -> dict[str, Any]:
             if tick < size:
                 losses.append(seen)
                 mismatches.append(shown.tolist())
-    stage = {
-        (index, name): parameter.detach().numpy()
-        for index, layer in enumerate(layers)
-        for name, parameter in layer.named_parameters()
-    }
-    return {
-        "losses": losses,
-        "mismatches": mismatches,
-        "stage": stage,
-        "aux": {name: tensor.detach().numpy() for name, tensor in aux.state_dict().items()},
-    }
+    return {"losses": losses, "mismatches": mismatches, **weights_of(layers, aux)}
 
 
 def scale_of(variable: Tensor, running: Tensor, *, scaled: bool) -> Tensor:

@@ -137,17 +137,17 @@ def reference(case: Case) -> dict[str, Any]:
         running = [v if old is None else 0.98 * old + 0.02 * v for old, v in zip(running, variances, strict=True)]
         losses.append(loss)
         mismatches.append(mismatch.tolist())
+    return {"losses": losses, "mismatches": mismatches, **weights_of(layers, aux)}
+
+
+def weights_of(layers: list[nn.Module], aux: nn.Module) -> dict[str, Any]:
+    """Weights as :func:`tests.small_engine.weights` gives those of a rank."""
     stage = {
         (index, name): parameter.detach().numpy()
         for index, layer in enumerate(layers)
         for name, parameter in layer.named_parameters()
     }
-    return {
-        "losses": losses,
-        "mismatches": mismatches,
-        "stage": stage,
-        "aux": {name: tensor.detach().numpy() for name, tensor in aux.state_dict().items()},
-    }
+    return {"stage": stage, "aux": {name: tensor.detach().numpy() for name, tensor in aux.state_dict().items()}}
 
 
 def one_micro_batch(
