@@ -8,8 +8,10 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from dsaux.checkpoint import find_checkpoint
 from dsaux.config import ConfigError, check_launch, load_config
 from dsaux.config_rules import suggestion
+from dsaux.resume import LATEST, check_start, config_of, plan_start
 from dsaux.runtime import Place, run_and_exit, share_cores, start_process_group
 
 
@@ -26,7 +28,11 @@ def parse_arguments() -> argparse.Namespace:
         ConfigError: if an option is unknown, lacks its value or is missing.
     """
     parser = _Parser(description="Layer-parallel training with dsaux.", allow_abbrev=False)
-    parser.add_argument("--ds_config", metavar="FILE", help="DeepSpeed JSON with a dsaux block; required")
+    parser.add_argument(
+        "--ds_config",
+        metavar="FILE",
+        help="DeepSpeed JSON with a dsaux block; may be left out where --resume or --run_dir names a run",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -35,16 +41,28 @@ def parse_arguments() -> argparse.Namespace:
         help="override a key of the file, e.g. --set dsaux.aux.beta=30; may be repeated",
     )
     parser.add_argument("--run_dir", metavar="DIR", help="run folder (default: runs/<dsaux.run.name>, numbered)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="DIR|latest",
+        help="go on from the newest whole checkpoint of a run folder, or from one checkpoint; latest (or no value): of "
+        "--run_dir or of the newest run of this name, from the beginning where there is none",
+    )
     parser.add_argument("--eval_only", action="store_true", help="evaluate the network saved in --run_dir")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     arguments, unknown = parser.parse_known_args()
     if unknown:
-        options = ["--ds_config", "--set", "--run_dir", "--eval_only"]
+        options = ["--ds_config", "--set", "--run_dir", "--resume", "--eval_only"]
         raise ConfigError(f"{unknown[0]} is not an option of train.py. {suggestion(unknown[0], options)}")
+    if arguments.eval_only and arguments.run_dir is None:
+        raise ConfigError("--eval_only needs --run_dir. Give the folder of a run that has saved a checkpoint.")
+    if arguments.eval_only and arguments.resume is not None:
+        raise ConfigError("--eval_only evaluates and --resume trains. Leave one of them out.")
+    if arguments.ds_config is None and (arguments.resume is not None or arguments.eval_only):
+        arguments.ds_config = config_of(arguments.resume, run_dir=arguments.run_dir)
     if arguments.ds_config is None:
         raise ConfigError("--ds_config is missing. Give a file, e.g. --ds_config ds_configs/quickstart.json.")
-    if arguments.eval_only and arguments.run_dir is None:
-        raise ConfigError("--eval_only needs --run_dir. Give the folder of a finished run.")
     return arguments
 
 
@@ -54,24 +72,27 @@ def main() -> None:
     place = Place.from_environment()
     config = load_config(arguments.ds_config, overrides=arguments.set)
     launch = check_launch(config, world_size=place.world_size)
+    start = plan_start(arguments.resume, run_dir=arguments.run_dir, name=config.dsaux.run.name)
 
     from dsaux.data import load_dataset
     from dsaux.report import open_report
 
-    report = open_report(config, place=place, run_dir=arguments.run_dir, eval_only=arguments.eval_only)
+    found = check_start(start, config, launch, is_first=place.rank == 0)
+    report = open_report(config, place=place, run_dir=arguments.run_dir, eval_only=arguments.eval_only, start=start)
     if arguments.eval_only:
         config = config.without_auxnet()
+        found = find_checkpoint(Path(arguments.run_dir)) if place.rank == 0 else None
     with report:
         dataset = load_dataset(config.dsaux.data)
         share_cores(place)
         quiet = not config.deepspeed.get("wall_clock_breakdown", False)
         device = start_process_group(config.dsaux.run.timeout_s, quiet=quiet)
 
-        from dsaux.assemble import agree_on_partition, build_engine, network_layers
+        from dsaux.assemble import agree_on_partition, build_engine, network_layers, tell_all
         from dsaux.trainer import Trainer, planned_steps
 
         layers = network_layers(config, dataset)
-        partition = agree_on_partition(config, launch, layers=layers, dataset=dataset, device=device)
+        partition = agree_on_partition(config, launch, layers=layers, dataset=dataset, device=device, found=found)
         steps_per_epoch = len(dataset.train_labels) // launch.train_batch_size
         _, main_steps = planned_steps(config, steps_per_epoch)
         engine = build_engine(
@@ -87,11 +108,14 @@ def main() -> None:
             folder=report.folder,
             display=report.display,
         )
+        found = tell_all(found)
         if arguments.eval_only:
-            trainer.load(Path(arguments.run_dir))
-            trainer.evaluate(reestimate=False)
-        else:
-            trainer.fit()
+            is_evaluated = trainer.load(found)
+            trainer.evaluate(reestimate=not is_evaluated)
+            return
+        if found is not None:
+            trainer.resume(found)
+        trainer.fit()
 
 
 if __name__ == "__main__":

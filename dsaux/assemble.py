@@ -5,20 +5,26 @@ train.py calls these one after the other, when the process group stands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed
 from torch import Tensor
 from torch.nn import functional as F
 
 from dsaux.bootstrap import initialize
+from dsaux.checkpoint import FoundCheckpoint
 from dsaux.config import Config, Launch, resolved_deepspeed
 from dsaux.data import ImageDataset, ReplicaStream
 from dsaux.engine import AuxPipelineEngine
+from dsaux.engine_state import content_bounds
 from dsaux.models import Layer, boundary_shapes, build_layers
 from dsaux.models.auxnet import AuxNet, build_aux_net
 from dsaux.module import AuxPipelineModule
 from dsaux.partition import Partition, choose_bounds
 
+T = TypeVar("T")
 BATCHNORM_STREAM_SEED_OFFSET = 1_000_003
 """Added to the run's seed for the batches that re-estimate BatchNorm: another order than the training's own."""
 
@@ -30,14 +36,34 @@ def input_shape(dataset: ImageDataset) -> tuple[int, int, int]:
 
 
 def agree_on_partition(
-    config: Config, launch: Launch, *, layers: list[Layer], dataset: ImageDataset, device: torch.device
+    config: Config,
+    launch: Launch,
+    *,
+    layers: list[Layer],
+    dataset: ImageDataset,
+    device: torch.device,
+    found: FoundCheckpoint | None,
 ) -> Partition:
-    """Cut the layers into stages on rank 0 (it may measure times) and tell all ranks."""
+    """Cut the layers into stages on rank 0 (it may measure times) and tell all ranks.
+
+    Args:
+        config: the checked configuration.
+        launch: processes and batch sizes.
+        layers: the whole network.
+        dataset: for the shape of a sample.
+        device: where to measure.
+        found: on rank 0 the checkpoint that the run goes on from: measured anew, times would give another cut, so its
+            own is kept where it has as many stages and the configuration gives no list.
+    """
     settings = config.dsaux
+    method: str | Sequence[int | str] = settings.pipeline.partition
+    if found is not None and isinstance(method, str):
+        bounds = content_bounds(found)
+        method = bounds[1:-1] if len(bounds) == launch.stages + 1 and bounds[-1] == len(layers) else method
     chosen: list[Partition | None] = [None]
     if torch.distributed.get_rank() == 0:
         chosen[0] = choose_bounds(
-            settings.pipeline.partition,
+            method,
             layers=layers,
             num_stages=launch.stages,
             input_shape=input_shape(dataset),
@@ -52,6 +78,14 @@ def agree_on_partition(
     torch.distributed.broadcast_object_list(chosen, src=0)
     assert chosen[0] is not None
     return chosen[0]
+
+
+def tell_all(value: T) -> T:
+    """What rank 0 gives, on every rank; a collective call of all ranks."""
+    values: list[Any] = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    told: T = values[0]
+    return told
 
 
 def build_engine(

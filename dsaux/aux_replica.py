@@ -5,14 +5,14 @@ all-reduce over all processes sums them over the pipe group and averages them ov
 takes the same optimizer step, so the replicas stay bit-identical. The same message carries the handful of numbers that
 all ranks want to know, so that a tick needs no second collective:
 
-    [ AuxNet's gradients | variance, mismatch, adjoint of each boundary | loss | batch digest of each rank ]
+    [ AuxNet's gradients | variance, mismatch, adjoint of each boundary | loss | batch digest of each rank | flags ]
 
 There are two such messages: one is filled while the other is under way, so that a sum may run under the next tick.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dsaux.models.auxnet import AuxNet
 from dsaux.objective import updated_variance
+from dsaux.optim_state import group_settings, load_group_settings, load_parameter_states, parameter_states
 from dsaux.transfers import WaitMeter
 from dsaux.wavefront import Tick
 
@@ -36,6 +37,7 @@ class TickReport:
         mismatch: relative mismatch per boundary, mean over micro-batches and replicas; shape (K-1,).
         adjoint: norm of the adjoint over that of the coupling force per boundary, mean likewise; shape (K-1,).
         digests: batch digest per global rank, 0 where none was contributed; shape (world size,).
+        flags: what all ranks must agree on (`dsaux.step_guard`), summed over all ranks; shape (1 + K,).
         has_boundary: boundaries whose lower stage had a batch; the others hold zeros; shape (K-1,).
     """
 
@@ -44,6 +46,7 @@ class TickReport:
     mismatch: Tensor
     adjoint: Tensor
     digests: Tensor
+    flags: Tensor
     has_boundary: Tensor
 
 
@@ -60,10 +63,10 @@ class _Message:
         dtype: torch.dtype,
     ) -> None:
         sizes = [parameter.numel() for parameter in parameters]
-        lengths = [sum(sizes), num_boundaries, num_boundaries, num_boundaries, 1, world_size]
+        lengths = [sum(sizes), num_boundaries, num_boundaries, num_boundaries, 1, world_size, num_boundaries + 2]
         self.data = torch.zeros(sum(lengths), device=device, dtype=dtype)
         parts = torch.split(self.data, lengths)
-        self.gradients, self.variances, self.mismatches, self.adjoints, self.loss, self.digests = parts
+        self.gradients, self.variances, self.mismatches, self.adjoints, self.loss, self.digests, self.flags = parts
         views = zip(torch.split(self.gradients, sizes), parameters, strict=True) if parameters else ()
         self.views = [part.view_as(parameter) for part, parameter in views]
 
@@ -140,6 +143,10 @@ class AuxReplica:
         """Add the digest of the batch that this rank saw, below 2**24 so that float32 holds it exactly."""
         self._filled.digests[self.rank] = digest
 
+    def add_flags(self, flags: Tensor) -> None:
+        """Add this rank's flags, shape (1 + K,)."""
+        self._filled.flags += flags
+
     def start_sum(self, tick: Tick) -> None:
         """Start the all-reduce over all ranks; pairs with :meth:`finish_sum`, which waits for it.
 
@@ -154,13 +161,17 @@ class AuxReplica:
             self._work = dist.all_reduce(self._summed.data, group=self.group, async_op=True)
         self.begin()
 
-    def finish_sum(self) -> TickReport:
-        """Wait for the sum, refresh the running variances and return what it brought."""
+    def finish_sum(self, *, keep_variance: bool = False) -> TickReport:
+        """Wait for the sum, refresh the running variances and return what it brought.
+
+        Args:
+            keep_variance: leave the variances as they are where a rank saw something that is no number.
+        """
         if self._work is not None:
             self.meter.wait(self._work)
             self._work = None
         message = self._summed
-        digests = message.digests.clone()
+        digests, flags = message.digests.clone(), message.flags.clone()
         if self.num_replicas > 1:
             message.data.div_(self.num_replicas)
         has_boundary = torch.tensor(
@@ -168,47 +179,89 @@ class AuxReplica:
         )
         if self.net is not None:
             updated = updated_variance(self.variance, message.variances)
-            self.variance = torch.where(has_boundary, updated, self.variance)
+            is_fresh = has_boundary & (flags[1:].sum() == 0) if keep_variance else has_boundary
+            self.variance = torch.where(is_fresh, updated, self.variance)
         return TickReport(
             tick=self._tick,
             loss=message.loss[0].clone(),
             mismatch=message.mismatches.clone(),
             adjoint=message.adjoints.clone(),
             digests=digests,
+            flags=flags,
             has_boundary=has_boundary,
         )
 
-    def step(self) -> None:
+    def step(self, *, skip: bool = False) -> None:
         """Clip and take the optimizer's step on the summed gradients; the same on every rank.
 
         The learning rate follows the batches that enter: it rests in the ticks that drain the wavefront.
+
+        Args:
+            skip: leave the weights as they are; the learning rate goes on.
         """
         if self.optimizer is None:
             return
-        if self.clip_norm > 0:
-            norm = torch.linalg.vector_norm(self._summed.gradients)
-            self._summed.gradients.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        self._share_gradients(self._summed)
-        self.optimizer.step()
-        self._share_gradients(self._filled)
+        if not skip:
+            if self.clip_norm > 0:
+                norm = torch.linalg.vector_norm(self._summed.gradients)
+                self._summed.gradients.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            self._share_gradients(self._summed)
+            self.optimizer.step()
+            self._share_gradients(self._filled)
         if self.scheduler is not None and self._tick.has_new_batch:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, schedule and running variances; the weights are saved with the module."""
+        """Optimizer state by parameter, schedule, running variances, and the sum that the next step takes.
+
+        The weights are saved beside it. A sum under way is waited for.
+        """
+        if self._work is not None:
+            self.meter.wait(self._work)
+            self._work = None
+        names = [] if self.net is None else [name for name, p in self.net.named_parameters() if p.requires_grad]
+        states = [] if self.optimizer is None else parameter_states(self.optimizer, self.parameters)
         return {
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "optimizer": dict(zip(names, states, strict=True)),
+            "groups": [] if self.optimizer is None else group_settings(self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "variance": self.variance.detach().cpu(),
+            "variance": self.variance.detach().cpu().clone(),
+            "sum": self._summed.data.detach().cpu().clone(),
+            "sum_steps": list(self._tick.steps),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        if self.optimizer is not None and state["optimizer"] is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, renamed: Mapping[str, str], boundaries: Sequence[int | None]
+    ) -> None:
+        """Restore what :meth:`state_dict` gave, or the part of it whose segments are still there.
+
+        Args:
+            state: what it gave.
+            renamed: prefixes of parameter names, as they were and as they are; other parameters start anew.
+            boundaries: for each boundary the number that it had, None for a new one.
+        """
+        self._restore_optimizer(state, renamed)
+        if self.optimizer is not None and self.scheduler is not None and state["scheduler"] is not None:
+            load_group_settings(self.optimizer, state["groups"])
             self.scheduler.load_state_dict(state["scheduler"])
-        self.variance.copy_(state["variance"])
+        for new, old in enumerate(boundaries):
+            if old is not None:
+                self.variance[new] = state["variance"][old]
+        if state["sum"].shape == self._summed.data.shape:
+            self._summed.data.copy_(state["sum"])
+            self._tick = Tick(tuple(state["sum_steps"]))
+
+    def _restore_optimizer(self, state: Mapping[str, Any], renamed: Mapping[str, str]) -> None:
+        if self.optimizer is None or self.net is None:
+            return
+        saved = {
+            new + name.removeprefix(old): entry
+            for name, entry in state["optimizer"].items()
+            for old, new in renamed.items()
+            if name.startswith(old)
+        }
+        names = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
+        load_parameter_states(self.optimizer, self.parameters, [saved.get(name) for name in names])
 
     def _share_gradients(self, message: _Message) -> None:
         # Autograd adds into `.grad` in place, that is straight into the message: no copy before or after the sum.

@@ -156,6 +156,15 @@ class RunConfig:
     log_every: int = _int(20, 1, "Steps between lines of the log.")
     bn_batches: int = _int(16, 1, "Batches that re-estimate BatchNorm's statistics before an evaluation.")
     eval_batch_size: int = _int(256, 1, "Images per replica in a batch of the evaluation.")
+    checkpoint_every: int | None = _int(
+        None, 0, "Steps between checkpoints; null saves once an epoch, 0 at the end only. The end is saved always."
+    )
+    keep: int = _int(2, 1, "Newest checkpoints to keep.")
+    nan: str = _choice(
+        "stop",
+        ("stop", "skip"),
+        "On a loss or gradient that is no finite number: stop the run, or leave the batch out on all ranks.",
+    )
     timeout_s: int = _int(600, 1, "Seconds that a collective may take before the run is given up.")
 
 
@@ -397,6 +406,11 @@ def _check_run(dsaux: DsauxConfig) -> None:
             " epochs are"
             f" the last of a run that starts decoupled. Set exact_epochs below {run.epochs}, or the schedule"
             ' to "1f1b".'
+        )
+    if run.nan == "skip" and dsaux.aux.overlap:
+        raise ConfigError(
+            'dsaux.run.nan is "skip" but dsaux.aux.overlap is true: a stage would know of the others\' faults a step'
+            ' too late. Set overlap to false, or nan to "stop".'
         )
     if run.exact_lr is not None and run.exact_epochs == 0:
         raise ConfigError(

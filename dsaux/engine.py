@@ -8,18 +8,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
 from torch import Tensor
 
+from dsaux import engine_state
 from dsaux.aux_replica import AuxReplica
+from dsaux.checkpoint import FoundCheckpoint
 from dsaux.config import DsauxConfig
 from dsaux.data.guard import BatchGuard
+from dsaux.engine_state import find_together, write_together
 from dsaux.local_step import NO_DATA, LocalStepEngine
 from dsaux.module import AuxPipelineModule
 from dsaux.optim import CosineTail, make_aux_optimizer
@@ -60,6 +65,7 @@ class AuxPipelineEngine(LocalStepEngine):
             raise TypeError(f"model is {type(self.module).__name__}; dsaux.initialize needs a dsaux.AuxPipelineModule.")
         self._init_local_step(settings)
         self._aux_optimizer = aux_optimizer
+        self.restored_notes: list[str] = []
         self.schedule_name = settings.pipeline.schedule
         if self.schedule_name != "1f1b" and self.num_stages > 1 and self.module.aux_net is None:
             raise ValueError(
@@ -78,11 +84,6 @@ class AuxPipelineEngine(LocalStepEngine):
         self._open_boundaries()
 
     # ---- schedules ------------------------------------------------------------------------------------------------
-
-    @property
-    def is_local_schedule(self) -> bool:
-        """True while stages train on local losses, False under 1f1b."""
-        return self.schedule_name != "1f1b"
 
     def _train_schedule(self) -> PipeSchedule:
         shape = (self.micro_batches, self.num_stages, self.stage_id)
@@ -148,6 +149,7 @@ class AuxPipelineEngine(LocalStepEngine):
         loss = super().train_batch()
         self.train_batches += 1
         self._compare_exact_digests()
+        self._exchange_flags()
         return loss
 
     def drain(self) -> None:
@@ -172,7 +174,8 @@ class AuxPipelineEngine(LocalStepEngine):
         """Run the schedule of the present tick on this stage's own data."""
         newest = self.data_iterator
         self._begin_tick(self.wavefront.present())
-        self.data_iterator = self.wavefront.take_data()
+        # A batch that was under way when the run was saved comes from the iterator of the run that goes on.
+        self.data_iterator = self.wavefront.take_data() or newest
         self.train_batches += self._tick.steps[self.stage_id] is not None
         try:
             return run()
@@ -231,6 +234,7 @@ class AuxPipelineEngine(LocalStepEngine):
         outputs, labels = self.pipe_buffers["outputs"][buffer_id], self.pipe_buffers["labels"][buffer_id]
         if self._output_fn is None and torch.is_grad_enabled():
             self.train_loss_sum += self.loss.detach() / self.micro_batches
+            self._note_loss(self.loss)
             self._count_hits(outputs, labels)
 
     # ---- the real chain, without the AuxNet -----------------------------------------------------------------------
@@ -298,27 +302,87 @@ class AuxPipelineEngine(LocalStepEngine):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(
-        self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
-        """DeepSpeed's `save_checkpoint`; the AuxNet, its optimizer and the running variances go with it.
+    @property
+    def entered_steps(self) -> int:
+        """Batches that have entered: optimizer steps of the last stage, which no other stage is ahead of."""
+        return int(self.global_steps) + self.wavefront.num_unread
 
-        Batches under way are finished before.
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        *,
+        drain: bool = True,
+        about: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Write a checkpoint; a collective call of all ranks. Arguments and meaning are those of DeepSpeed's engine.
+
+        The folder has DeepSpeed's layer files, and beside them the AuxNet and all optimizer state, by layer
+        (`dsaux.checkpoint`). It is complete and verified when it appears under its name.
+
+        Args:
+            save_dir: folder of the checkpoints.
+            tag: name of this one; "global_step<n>" by default.
+            client_state: the caller's own state: tensors, numbers, strings, lists and dicts of them.
+            save_latest: let the file `latest` name it.
+            drain: finish the batches under way before, so that all stages have taken the same steps. Without, they are
+                saved as they are, and the run goes on as if it had not been saved.
+            about: further entries of the manifest.
+
+        Raises:
+            CheckpointError: on all ranks, if one of them could not write its part; what was there before still is.
+        """
+        if drain:
+            self.drain()
+        name = str(tag) if tag is not None else f"global_step{self.entered_steps}"
+        content = {
+            "step": self.entered_steps,
+            "layout": engine_state.describe_layout(self),
+            "num_layers": int(self.module.parts[-1]),
+            "is_drained": self.wavefront.is_empty,
+            "deepspeed": deepspeed.__version__,
+            "torch": str(torch.__version__),
+            "exact_tail": self.lr_scheduler.state_dict() if isinstance(self.lr_scheduler, CosineTail) else None,
+            **(about or {}),
+        }
+        write_together(
+            Path(save_dir), name, engine=self, client_state=client_state or {}, content=content, latest=save_latest
+        )
+        return True
+
+    def load_checkpoint(
+        self, load_dir: str | Path, tag: str | None = None, *, found: FoundCheckpoint | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Restore a checkpoint; a collective call of all ranks. Batches under way are finished before.
+
+        With the stages, bounds, replicas and micro-batches that it was written with, what follows is the same to the
+        bit; then the next iterator of data must go on at the first batch that this rank has yet to read, number
+        `global_steps`. With others, layers and their optimizer state are dealt anew.
+
+        Args:
+            load_dir: folder of the checkpoints, or a run folder.
+            tag: which one; by default the newest that is whole.
+            found: a checkpoint that rank 0 has found already, the same on all ranks.
+
+        Returns:
+            Folder of the checkpoint and the caller's own state. `restored_notes` then says what could not be carried.
+
+        Raises:
+            ConfigError: on all ranks, if there is no checkpoint that is whole.
+            CheckpointError: if it is of another network, or the ranks do not see the same files.
         """
         self.drain()
-        state = {**(client_state or {}), "dsaux": {"aux": self.aux.state_dict(), "schedule": self.schedule_name}}
-        return super().save_checkpoint(save_dir, tag, client_state=state, **kwargs)
-
-    def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
-        """DeepSpeed's `load_checkpoint`; restores the AuxNet's side as well. Batches under way are finished before."""
-        self.drain()
-        path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
-        if path is not None and "dsaux" in client_state:
-            state = client_state.pop("dsaux")
-            self.aux.load_state_dict(state["aux"])
-            if state["schedule"] == "1f1b":  # the run had gone over to its exact epochs
-                self._set_schedule("1f1b")
-        return path, client_state
+        if found is None:
+            found = find_together(Path(load_dir) / tag if tag is not None else Path(load_dir))
+        tail = found.content.get("exact_tail")
+        if found.content["layout"]["schedule"] == "1f1b" and self.is_local_schedule:
+            # The run had gone over to its exact epochs.
+            self.use_exact_schedule(lr=tail and tail["lr"], num_steps=tail["num_steps"] if tail else 1)
+        client_state, notes = engine_state.restore(self, found)
+        self.restored_notes = [*found.skipped, *notes]
+        return str(found.path), client_state
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from dsaux import objective
@@ -19,6 +18,7 @@ from dsaux.aux_replica import AuxReplica, TickReport
 from dsaux.config import DsauxConfig
 from dsaux.data.guard import BatchGuard, batch_digest
 from dsaux.schedules import instructions
+from dsaux.step_guard import StepGuardEngine
 from dsaux.transfers import VariableReceiver, VariableSender, WaitMeter
 from dsaux.wavefront import Tick
 
@@ -30,7 +30,7 @@ AUX_STEP_TIMER = "aux_step"
 AUX_TIMERS = (AUX_FORWARD_TIMER, AUX_BACKWARD_TIMER, AUX_REDUCE_TIMER, AUX_STEP_TIMER)
 
 
-class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
+class LocalStepEngine(StepGuardEngine):
     """What a rank does for each instruction of a penalty or augmented Lagrangian schedule.
 
     Attributes:
@@ -46,6 +46,7 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
 
     data_iterator: Any
     settings: DsauxConfig
+    schedule_name: str
     aux: AuxReplica
     wait_meter: WaitMeter
     sender: VariableSender | None
@@ -56,6 +57,7 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
     def _init_local_step(self, settings: DsauxConfig) -> None:
         """Set what belongs to one rank and one tick; DeepSpeed's own constructor has run."""
         self.settings = settings
+        self._init_step_guard(settings)
         self.wait_meter = WaitMeter(self.device)
         self.sender = self.receiver = None
         self.batch_fn = self._to_device
@@ -66,6 +68,7 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
         self.boundary_mismatch = self.boundary_adjoint = torch.zeros(0)
         self._output_fn: Callable[[Tensor, Tensor], Tensor] | None = None
         self._guard = BatchGuard(self.grid.pp_group, every=settings.data.guard_every)
+        self._report: TickReport | None = None
         self._last_loss = torch.zeros((), device=self.device)
         self._begin_tick(Tick((0,) * self.num_stages))
 
@@ -73,6 +76,7 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
         self._tick = tick
         self._digest = 0
         self._micro_batch = -1
+        self._begin_step_guard()
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -141,6 +145,7 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
         outputs, labels = self.pipe_buffers["outputs"][buffer_id], self.pipe_buffers["labels"][buffer_id]
         self.loss = self.module.loss_fn(outputs, labels)
         self._count_hits(outputs, labels)
+        self._note_loss(self.loss)
         self.aux.add_loss(self.loss, weight=1.0 / self.micro_batches)
         self.train_loss_sum += self.loss.detach() / self.micro_batches
 
@@ -148,6 +153,7 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
         outputs = self.pipe_buffers["outputs"][buffer_id]
         variable = self.pipe_buffers["variables"][buffer_id][self.stage_id]
         self.loss = objective.coupling_loss(outputs, target, beta=self.settings.aux.beta, scale=scale)
+        self._note_loss(self.loss)
         self.aux.add_boundary(
             self.stage_id,
             variance=objective.batch_variance(variable),
@@ -220,16 +226,33 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
         """Start the sum of the AuxNet's gradients over all ranks; `_exec_aux_optimizer_step` waits for it."""
         if self._digest:
             self.aux.add_digest(self._digest)
+        self.aux.add_flags(self._own_flags())
         self.aux.start_sum(self._tick)
 
-    def _exec_aux_optimizer_step(self) -> None:
-        """Wait for the sum that was started last, compare the batch digests, step the AuxNet."""
+    def _finish_sum(self) -> TickReport:
+        """Wait for the sum that was started last and compare the batch digests."""
         self._start_timer(AUX_REDUCE_TIMER)
-        report = self.aux.finish_sum()
+        report = self.aux.finish_sum(keep_variance=self._skips)
         self._stop_timer(AUX_REDUCE_TIMER)
         self._take_report(report)
+        return report
+
+    def _must_skip(self) -> bool:
+        """Under penalty a fault of any stage; under al one of this stage: the stages behind have treated the batch."""
+        if not self.is_local_schedule:
+            return super()._must_skip()
+        # The sum says what the other ranks saw: with skipping it is awaited before the step, not behind it.
+        self._report = self._finish_sum()
+        faults = self._report.flags[1:]
+        return bool(faults[self.stage_id] > 0) if self.schedule_name == "al" else bool(faults.sum() > 0)
+
+    def _exec_aux_optimizer_step(self) -> None:
+        """Wait for the sum that was started last, unless it has come, and step the AuxNet."""
+        report = self._finish_sum() if self._report is None else self._report
+        self._report = None
         self._start_timer(AUX_STEP_TIMER)
-        self.aux.step()
+        # A force that is no number must not reach the AuxNet, whoever it comes from.
+        self.aux.step(skip=self._skips and bool(report.flags[1:].sum() > 0))
         self._stop_timer(AUX_STEP_TIMER)
         if self.wall_clock_breakdown() and self.global_steps % self.steps_per_print() == 0:
             self.timers.log(list(AUX_TIMERS))
@@ -240,12 +263,26 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
         if self.boundary_mismatch.numel() == 0:
             self.boundary_mismatch = torch.full_like(report.mismatch, float("nan"))
             self.boundary_adjoint = self.boundary_mismatch
+        self._take_flags(report.flags)
         self.boundary_mismatch = torch.where(report.has_boundary, report.mismatch, self.boundary_mismatch)
         self.boundary_adjoint = torch.where(report.has_boundary, report.adjoint, self.boundary_adjoint)
         if any(self._guard.is_due(step) for step in report.tick.steps):
             self._guard.add(report.tick.steps, report.digests.tolist())
 
     # ---- parts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_local_schedule(self) -> bool:
+        """True while stages train on local losses, False under 1f1b."""
+        return self.schedule_name != "1f1b"
+
+    def guard_state(self) -> dict[int, dict[int, int]]:
+        """Digests of batches under way, for a checkpoint."""
+        return self._guard.state_dict()
+
+    def load_guard_state(self, state: dict[int, dict[int, int]]) -> None:
+        """Restore what :meth:`guard_state` gave."""
+        self._guard.load_state_dict(state)
 
     def _count_hits(self, outputs: Tensor, labels: Tensor) -> None:
         if outputs.ndim == 2 and labels.ndim == 1:
@@ -269,7 +306,9 @@ class LocalStepEngine(PipelineEngine):  # type: ignore[misc]
 
     # DeepSpeed dispatches by exact type through unbound functions: each instruction must stand in the map.
     _INSTRUCTION_MAP = {
-        **PipelineEngine._INSTRUCTION_MAP,
+        **StepGuardEngine._INSTRUCTION_MAP,
+        instructions.ReduceGrads: StepGuardEngine._exec_reduce_grads,
+        instructions.OptimizerStep: StepGuardEngine._exec_optimizer_step,
         instructions.LoadReplicaBatch: _exec_load_replica_batch,
         instructions.AuxForward: _exec_aux_forward,
         instructions.LocalForward: _exec_local_forward,

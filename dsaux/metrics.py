@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsaux.checkpoint import CHECKPOINT_FOLDER, has_checkpoint
 from dsaux.config_rules import ConfigError
 
 RUNS_FOLDER = "runs"
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
-CHECKPOINT_FOLDER, CHECKPOINT_TAG = "checkpoint", "final"
-"""Where a run saves its network: run folder / checkpoint / final."""
 MISMATCH_LIMIT = 0.2
 """Relative mismatch that is too much; good runs have 0.01 to 0.05."""
 RECENT_STEPS = 20
@@ -51,6 +50,7 @@ class StepStats:
         learning_rate: of the stages' optimizer.
         peak_memory_bytes: largest memory so far per stage, over its replicas.
         phase: name of the schedule; "1f1b" is exact back-propagation.
+        skipped_steps: batches left out so far because a loss or gradient was no finite number.
     """
 
     step: int
@@ -67,6 +67,7 @@ class StepStats:
     learning_rate: float
     peak_memory_bytes: Sequence[int]
     phase: str
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,13 @@ def check_saved_run(path: Path) -> None:
     """
     if not (path / CONFIG_FILE).is_file():
         state = f"has no {CONFIG_FILE}" if path.is_dir() else "is not a folder"
-    elif not (path / CHECKPOINT_FOLDER / CHECKPOINT_TAG).is_dir():
-        state = f"has no saved network in {CHECKPOINT_FOLDER}/{CHECKPOINT_TAG}"
+    elif not has_checkpoint(path):
+        state = f"has no saved network in {CHECKPOINT_FOLDER}/"
     else:
         return
-    raise ConfigError(f"--run_dir {path} {state}; --eval_only needs the folder of a finished run. Give that folder.")
+    raise ConfigError(
+        f"--run_dir {path} {state}; --eval_only needs the folder of a run that has saved one. Give that folder."
+    )
 
 
 def open_run_folder(path: Path) -> RunFolder:

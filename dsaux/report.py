@@ -17,7 +17,8 @@ from dsaux.config_rules import show
 from dsaux.display import RunDisplay
 from dsaux.environment import describe_environment
 from dsaux.metrics import CONFIG_FILE, RunFolder, StageRow, check_saved_run, create_run_folder, open_run_folder
-from dsaux.runtime import Place
+from dsaux.resume import Start
+from dsaux.runtime import Place, Stopped
 
 if TYPE_CHECKING:  # the engine needs DeepSpeed, which is imported after the checks
     from dsaux.engine import AuxPipelineEngine
@@ -45,7 +46,7 @@ class Report:
     ) -> None:
         if self.display:
             self.display.__exit__(kind, error, trace)
-        if self.folder and kind is not None:
+        if self.folder and kind is not None and kind is not Stopped:
             text = str(error)
             with contextlib.suppress(OSError):  # a full disk must not hide the error that ended the run
                 self.folder.event("failed", error=f"{kind.__name__}: {text}" if text else kind.__name__)
@@ -75,7 +76,9 @@ class Report:
             self.display.stages(rows, unit=partition.unit)
 
 
-def open_report(config: Config, *, place: Place, run_dir: str | None, eval_only: bool) -> Report:
+def open_report(
+    config: Config, *, place: Place, run_dir: str | None, eval_only: bool, start: Start | None = None
+) -> Report:
     """Make or open the run folder and the display on rank 0; call it on every rank, before any process group.
 
     Args:
@@ -83,6 +86,7 @@ def open_report(config: Config, *, place: Place, run_dir: str | None, eval_only:
         place: this rank's place.
         run_dir: the folder to use; None takes a numbered one under runs/.
         eval_only: evaluate the run in `run_dir` instead of starting one.
+        start: where the run starts from, for one that goes on; it may do so in its own folder.
 
     Raises:
         ConfigError: on rank 0, if the folder does not fit.
@@ -103,7 +107,10 @@ def open_report(config: Config, *, place: Place, run_dir: str | None, eval_only:
         folder = open_run_folder(Path(str(run_dir)))
         folder.event("eval_only", environment=environment)
     else:
-        folder = create_run_folder(Path(run_dir) if run_dir is not None else None, settings.run.name)
+        if start is not None and start.run_dir is not None:
+            folder = open_run_folder(start.run_dir)
+        else:
+            folder = create_run_folder(Path(run_dir) if run_dir is not None else None, settings.run.name)
         folder.write_config(config.to_dict())
         folder.write_environment(environment)
     display = RunDisplay(

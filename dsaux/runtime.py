@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from dsaux.config_rules import ConfigError
@@ -22,7 +25,15 @@ EXIT_BAD_INPUT = 2
 """Exit code for wrong configuration, data or launch."""
 EXIT_FAILED = 1
 """Exit code for a run that failed on the way."""
+EXIT_STOPPED = 75
+"""Exit code for a run that was asked to stop and has saved its state: start it again with --resume (EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+"""Exit code for a run that was ended from the keyboard."""
 FIRST_RANK_HEAD_START_S = 3.0
+
+
+class Stopped(Exception):  # noqa: N818 - nothing has gone wrong
+    """The run was asked to stop and has saved its state; the text says where."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +146,32 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@contextlib.contextmanager
+def stop_signals(act: Callable[[], None]) -> Iterator[list[str]]:
+    """Within the block SIGTERM and SIGUSR1 call `act` and end nothing; batch systems send them before a time limit.
+
+    Args:
+        act: called in the main thread, between two instructions of Python; must only set a mark.
+
+    Yields:
+        Names of the signals that have come, in order.
+    """
+    names: list[str] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        names.append(signal.Signals(number).name)
+        act()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield names
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_and_exit(main: Callable[[], None]) -> None:
-    """Run `main` and leave with 0, or print one clear error and leave with 2 (bad input) or 1 (failure).
+    """Run `main` and leave with 0, or print one clear line and leave with 2 (bad input), 1 (failure) or 75 (stopped).
 
     Every rank finds the same mistake in the configuration. Rank 0 says it; the others wait a moment, in which their
     launcher stops them, and speak only if nobody did: so a mistake that one rank alone can see is reported too.
@@ -145,8 +180,10 @@ def run_and_exit(main: Callable[[], None]) -> None:
         main()
     except ConfigError as error:
         _leave(f"error: {error}", EXIT_BAD_INPUT)
+    except Stopped as stop:
+        _leave(str(stop), EXIT_STOPPED)
     except KeyboardInterrupt:
-        _leave("interrupted", 130)
+        _leave("interrupted", EXIT_INTERRUPTED)
     except BaseException as error:  # the last line of defence: say it, end the process, free the others
         if isinstance(error, SystemExit):
             raise
@@ -156,7 +193,7 @@ def run_and_exit(main: Callable[[], None]) -> None:
 
 def _leave(message: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")  # as text: it may be what is wrong
-    if rank != "0" and code == EXIT_BAD_INPUT:
+    if rank != "0" and code in (EXIT_BAD_INPUT, EXIT_STOPPED):
         time.sleep(FIRST_RANK_HEAD_START_S)
     print(f"[rank {rank} on {socket.gethostname()}] {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The loop over epochs: train, log, evaluate, save. train.py's last call.
+"""The loop over steps: train, log, evaluate, save. train.py's last call.
 
 All ranks run the same loop; rank 0 alone writes the run folder and the display. Values of the stages are gathered when
 a line is logged, never in between.
@@ -16,14 +16,14 @@ import torch
 import torch.distributed
 
 from dsaux.assemble import batchnorm_stream, training_stream
+from dsaux.checkpoint import CHECKPOINT_FOLDER, CheckpointError, FoundCheckpoint, keep_newest
 from dsaux.config import Config, Launch
 from dsaux.data import ImageDataset, test_batches
 from dsaux.display import RunDisplay
 from dsaux.engine import AuxPipelineEngine
+from dsaux.engine_state import load_network
 from dsaux.evaluate import Evaluation, evaluate, reestimate_batchnorm
 from dsaux.metrics import (
-    CHECKPOINT_FOLDER,
-    CHECKPOINT_TAG,
     EvalStats,
     FinalStats,
     MismatchAlarm,
@@ -32,7 +32,8 @@ from dsaux.metrics import (
     ThroughputMeter,
 )
 from dsaux.partition import Partition
-from dsaux.runtime import peak_memory_bytes
+from dsaux.resume import changes_since
+from dsaux.runtime import Stopped, peak_memory_bytes, stop_signals
 
 WARMUP_STEPS = 5
 """Steps left out of the throughput: first allocations, the loader's start."""
@@ -45,6 +46,7 @@ class _Gathered:
     loss: tuple[float | None, ...]
     accuracy: float | None
     waited_ticks: tuple[float, ...]
+    skipped_steps: int
 
 
 class Trainer:
@@ -89,27 +91,60 @@ class Trainer:
         self.waited_s = [0.0] * launch.stages
         self.local_s = self.logged_s = 0.0
         self.step = self.logged_step = 0
+        self.skipped_steps = 0
+        self.evaluated_at = self.saved_at = -1
+        self.trained_s = 0.0
         self.is_loaded = False
+        every = self.settings.run.checkpoint_every
+        self.checkpoint_every = self.steps_per_epoch if every is None else every
+        self.checkpoints = _checkpoint_folder(folder)
 
     def fit(self) -> Evaluation:
-        """Train to the end, evaluate, save the network; returns the last evaluation."""
-        started = time.perf_counter()
+        """Train to the end, evaluate, save; returns the last evaluation.
+
+        Raises:
+            Stopped: if a signal asked for it; the run is saved and can go on.
+        """
+        started = time.perf_counter() - self.trained_s
         for text in self.config.settings_without_effect():
-            if self.display:
-                self.display.warning(text)
+            self._warn(text)
         result: Evaluation | None = None
-        evaluated_at = -1
-        while self.step < self.total_steps:
-            self._train_epoch()
-            epoch = math.ceil(self.step / self.steps_per_epoch)
-            every = self.settings.run.eval_every
-            if every and epoch % every == 0 and self.step % self.steps_per_epoch == 0:
-                result, evaluated_at = self.evaluate(), self.step
-        if result is None or evaluated_at != self.step:
-            result = self.evaluate()
-        self._save()
+        with stop_signals(self.engine.request_stop) as signals:
+            if self.step < self.total_steps and self._evaluation_is_due():  # the run was stopped just before it
+                result = self.evaluate()
+            while self.step < self.total_steps:
+                self._train_step()
+                self.trained_s = time.perf_counter() - started
+                if self.engine.stop_is_agreed:
+                    self._stop(signals)
+                if self._evaluation_is_due():
+                    result = self.evaluate()
+                if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.step < self.total_steps:
+                    self._save_on_the_way()
+            if result is None or self.evaluated_at != self.step:
+                result = self.evaluate()
+            self._save()
         self._finish(result, wall_s=time.perf_counter() - started)
         return result
+
+    def resume(self, found: FoundCheckpoint) -> None:
+        """Go on from a checkpoint, the same on all ranks; before :meth:`fit`."""
+        _, state = self.engine.load_checkpoint(found.path, found=found)
+        mine = state.get("trainer", {})
+        self.step = self.logged_step = found.step
+        for name in _KEPT:
+            setattr(self, name, mine.get(name, getattr(self, name)))
+        self.mismatch, self.adjoint = tuple(self.mismatch), tuple(self.adjoint)
+        if len(self.waited_s) != self.launch.stages:  # figures of other stages
+            self.waited_s, self.local_s, self.mismatch, self.adjoint = [0.0] * self.launch.stages, 0.0, (), ()
+        notes = [*self.engine.restored_notes, *changes_since(found.content, self.config)]
+        # This rank's next batch, where batches were under way; else the stream is set with the step.
+        self.stream.seek(self.engine.global_steps * self.launch.gradient_accumulation_steps)
+        if self.folder and self.display:
+            self.folder.event("resumed", step=self.step, checkpoint=str(found.path), notes=notes)
+            self.display.message(f"resumed from step {self.step} of {self.total_steps}: {found.path}")
+        for note in notes:
+            self._warn(note)
 
     def evaluate(self, *, reestimate: bool = True) -> Evaluation:
         """Evaluate the real chain over the whole test set and log it.
@@ -145,6 +180,7 @@ class Trainer:
         if self.folder and self.display:
             self.folder.event("eval", **asdict(stats))
             self.display.evaluation(stats)
+        self.evaluated_at = self.step
         self.meter.resume()
         return result
 
@@ -156,29 +192,42 @@ class Trainer:
         schedule = self.settings.pipeline.schedule
         return schedule if self.engine.schedule_name == schedule else f"{schedule}+{self.engine.schedule_name}"
 
-    def load(self, folder: Path) -> None:
-        """Load the network that a run saved, with any number of stages; the AuxNet and optimizers are not needed."""
+    def load(self, found: FoundCheckpoint) -> bool:
+        """Load the network of a checkpoint, with any number of stages; AuxNet and optimizers are not needed.
+
+        Returns:
+            Whether its BatchNorm statistics are those of the real chain, that is whether it was saved behind an
+            evaluation.
+        """
         self.is_loaded = True
-        path = folder / CHECKPOINT_FOLDER / CHECKPOINT_TAG
-        self.engine.module.load_state_dir(str(path), self.engine.checkpoint_engine)
+        load_network(self.engine, found)
+        self.step = found.step
+        for text in found.skipped:
+            self._warn(text)
+        if not found.content["is_drained"]:
+            self._warn("The checkpoint was saved with batches under way: its stages are up to K-1 steps apart.")
+        return bool(found.content.get("is_evaluated", False))
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
-    def _train_epoch(self) -> None:
-        stop = min(self.total_steps, (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch)
-        while self.step < stop:
-            if self.step == self.exact_from:
-                self._switch_to_exact()
-            if self._reads_from_here():
-                self.stream.seek(self.step * self.launch.gradient_accumulation_steps)
-            loss = self.engine.train_batch(self.stream)
-            self.step += 1
-            self.meter.step(self.launch.train_batch_size)
-            log_is_due = self.step % self.settings.run.log_every == 0 or self.step == self.total_steps
-            if log_is_due or self.engine.device.type == "cpu":
-                self._check_finite(loss)
-            if log_is_due:
-                self._log(loss)
+    def _train_step(self) -> None:
+        if self.exact_from is not None and self.step >= self.exact_from and self.engine.is_local_schedule:
+            self._switch_to_exact()
+        if self._reads_from_here():
+            self.stream.seek(self.step * self.launch.gradient_accumulation_steps)
+        self.loss = self.engine.train_batch(self.stream)
+        self.step += 1
+        self.meter.step(self.launch.train_batch_size)
+        log_is_due = self.step % self.settings.run.log_every == 0 or self.step == self.total_steps
+        if log_is_due or self.engine.device.type == "cpu":
+            self._check_finite()
+        if log_is_due:
+            self._log(self.loss)
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.settings.run.eval_every
+        epochs, rest = divmod(self.step, self.steps_per_epoch)
+        return bool(every) and self.step > 0 and rest == 0 and epochs % every == 0 and self.evaluated_at != self.step
 
     def _reads_from_here(self) -> bool:
         """Whether this rank's next batch is the one of this step; under `al` most stages have earlier ones to read."""
@@ -194,10 +243,15 @@ class Trainer:
             rate = "the present learning rate" if lr is None else f"learning rate {lr:g}"
             self.display.message(f"exact back-propagation (1f1b) from step {self.step} on, with {rate}")
 
-    def _check_finite(self, loss: torch.Tensor) -> None:
-        if not torch.isfinite(loss):
+    def _check_finite(self) -> None:
+        if self.settings.run.nan == "skip":
+            return
+        faulty = self.engine.stage_faults.nonzero().flatten().tolist()
+        if faulty or not torch.isfinite(self.loss):
+            where = f", at stage {faulty[0]}," if faulty and torch.isfinite(self.loss) else ""
+            value = "not a finite number" if where else str(self.loss.item())
             raise RuntimeError(
-                f"the loss is {loss.item()} in step {self.step}. Lower optimizer.params.lr, set gradient_clipping "
+                f"the loss{where} is {value} in step {self.step}. Lower optimizer.params.lr, set gradient_clipping "
                 "(e.g. 5.0), or lengthen the warm-up; a smaller dsaux.aux.beta can help as well."
             )
 
@@ -224,13 +278,24 @@ class Trainer:
             learning_rate=float(self.engine.get_lr()[0]),
             peak_memory_bytes=self.peak_memory,
             phase=self.engine.schedule_name,
+            skipped_steps=gathered.skipped_steps,
         )
+        if gathered.skipped_steps > self.skipped_steps:
+            self._warn(
+                f"{gathered.skipped_steps} steps were left out so far: a loss or gradient was no finite number "
+                '(dsaux.run.nan is "skip")'
+            )
+        self.skipped_steps = gathered.skipped_steps
         self.folder.event("step", **asdict(stats))
         self.display.step(stats)
         is_filled = self.step >= self.launch.stages  # before, al's first stages have no figures yet
         for warning in self.alarm.update(stats.boundary_mismatch if is_filled else (), self.step):
-            self.folder.event("warning", step=self.step, text=warning)
-            self.display.warning(warning)
+            self._warn(warning)
+
+    def _warn(self, text: str) -> None:
+        if self.folder and self.display:
+            self.folder.event("warning", step=self.step, text=text)
+            self.display.warning(text)
 
     def _gather_stages(self) -> _Gathered:
         """What the stages have done since the last log line."""
@@ -240,20 +305,22 @@ class Trainer:
         row[stages + engine.stage_id] = engine.wait_meter.take_s()
         row[-2] = engine.train_hits
         row[-1] = engine.train_samples
-        peaks = torch.zeros(stages, dtype=torch.float64, device=engine.device)
+        peaks = torch.zeros(stages + 1, dtype=torch.float64, device=engine.device)
         peaks[engine.stage_id] = peak_memory_bytes(engine.device)
+        peaks[-1] = engine.skipped_steps
         torch.distributed.all_reduce(row)
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         engine.train_loss_sum.zero_()
         engine.train_hits.zero_()
         engine.train_samples = engine.train_batches = 0
-        self.peak_memory = tuple(int(peak) for peak in peaks.tolist())
+        *peak_memory, skipped_steps = (int(value) for value in peaks.tolist())
+        self.peak_memory = tuple(peak_memory)
         *values, hits, samples = row.tolist()
         losses, waits = (
             [value / self.launch.replicas for value in values[part : part + stages]] for part in (0, stages)
         )
         own = [loss if engine.is_local_schedule or stage == stages - 1 else None for stage, loss in enumerate(losses)]
-        return _Gathered(tuple(own), hits / samples if samples else None, self._count_waits(waits))
+        return _Gathered(tuple(own), hits / samples if samples else None, self._count_waits(waits), skipped_steps)
 
     def _count_waits(self, waits_s: list[float]) -> tuple[float, ...]:
         """Seconds that the stages waited since the last log line, in ticks; nothing under 1f1b."""
@@ -265,10 +332,51 @@ class Trainer:
         self.waited_s = [total + wait for total, wait in zip(self.waited_s, waits_s, strict=True)]
         return tuple(wait * steps / spent_s if spent_s > 0 else 0.0 for wait in waits_s)
 
-    def _save(self) -> None:
-        path: list[Any] = [str(self.folder.path / CHECKPOINT_FOLDER) if self.folder else None]
-        torch.distributed.broadcast_object_list(path, src=0)
-        self.engine.save_checkpoint(path[0], CHECKPOINT_TAG)
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self) -> Path:
+        """Save this step, batches under way included; to save does not change the run."""
+        if self.saved_at == self.step and self.evaluated_at != self.step:
+            return self.checkpoints / _tag(self.step)
+        if self.step > 0 and hasattr(self, "loss"):
+            self._check_finite()  # on a GPU the loss is not looked at in every step
+        self.meter.pause()
+        started = time.perf_counter()
+        self.engine.save_checkpoint(
+            self.checkpoints,
+            _tag(self.step),
+            {"trainer": {name: _plain(getattr(self, name)) for name in _KEPT}},
+            drain=False,
+            about={
+                "config": self.config.to_dict(),
+                "train_batch_size": self.launch.train_batch_size,
+                "is_evaluated": self.evaluated_at == self.step,
+            },
+        )
+        self.saved_at = self.step
+        if self.folder:
+            keep_newest(self.checkpoints, self.settings.run.keep)
+            self.folder.event("checkpoint", step=self.step, seconds=time.perf_counter() - started)
+        self.meter.resume()
+        return self.checkpoints / _tag(self.step)
+
+    def _save_on_the_way(self) -> None:
+        try:
+            self._save()
+        except CheckpointError as error:  # all ranks raise it: the run goes on, with the checkpoint before
+            self.meter.resume()
+            self._warn(str(error))
+
+    def _stop(self, signals: list[str]) -> None:
+        name = signals[0] if signals else "a signal on another rank"
+        path = self._save()
+        if self.folder:
+            self.folder.event("stopped", step=self.step, signal=name, checkpoint=str(path))
+        raise Stopped(
+            f"stopped by {name} after step {self.step}, saved in {path}. Go on with --resume {path.parent.parent}"
+        )
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
 
     def _finish(self, result: Evaluation, *, wall_s: float) -> None:
         if not (self.folder and self.display):
@@ -298,6 +406,25 @@ class Trainer:
         )
         self.folder.event("final", **asdict(final))
         self.display.final(final, str(self.folder.path))
+
+
+_KEPT = ("evaluated_at", "trained_s", "waited_s", "local_s", "mismatch", "adjoint", "skipped_steps")
+"""What a trainer remembers beside the engine."""
+
+
+def _tag(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checkpoint_folder(folder: RunFolder | None) -> Path:
+    """Where rank 0 keeps the run's checkpoints; a collective call of all ranks."""
+    path: list[Any] = [str(folder.path / CHECKPOINT_FOLDER) if folder else None]
+    torch.distributed.broadcast_object_list(path, src=0)
+    return Path(path[0])
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -161,6 +162,8 @@ class VariableReceiver:
         self.peer, self.group, self.micro_batches, self.transport = peer, group, micro_batches, transport
         self.device, self.meter = device, meter
         self._message: _Message | None = None
+        self._readable: _Message | None = None
+        self._came_early: _Message | None = None
         self._size = torch.zeros(2, dtype=torch.int64, device=device)
         self._work: Any = None
 
@@ -171,6 +174,9 @@ class VariableReceiver:
 
     def wait(self) -> None:
         """Wait for the message that was posted last."""
+        if self._came_early is not None:
+            self._readable, self._came_early = self._came_early, None
+            return
         self.meter.wait(self._work)
         if self._message is None:
             numel, itemsize = self._size.tolist()
@@ -178,7 +184,7 @@ class VariableReceiver:
             self._message = _Message(self.micro_batches, numel, dtype=dtype, device=self.device)
             self.post()
             self.meter.wait(self._work)
-        self._work = None
+        self._work, self._readable = None, self._message
 
     def read(self, micro_batch: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
         """The refreshed variable of one micro-batch and the scale that it was made with.
@@ -192,11 +198,28 @@ class VariableReceiver:
             views of the message: as soon as the loss is computed the schedule posts the next receive, which writes
             over them.
         """
-        assert self._message is not None, "a schedule waits before it reads"
-        variable = self._message.variables[micro_batch]
+        assert self._readable is not None, "a schedule waits before it reads"
+        variable = self._readable.variables[micro_batch]
         if variable.dtype == torch.bfloat16:
             variable = variable.float()
-        return variable.view(like.shape), self._message.scales[micro_batch]
+        return variable.view(like.shape), self._readable.scales[micro_batch]
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The message that the next tick reads, which is waited for; None where none is under way."""
+        if self._work is not None:
+            self.wait()
+            self._came_early = self._readable
+        message = self._came_early
+        if message is None:
+            return None
+        numel, dtype = message.variables.shape[1], message.variables.dtype
+        return {"numel": numel, "dtype": dtype, "bytes": message.bytes.cpu().clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave: the next :meth:`wait` finds it there."""
+        message = _Message(self.micro_batches, state["numel"], dtype=state["dtype"], device=self.device)
+        message.bytes.copy_(state["bytes"])
+        self._came_early = message
 
 
 def boundary_groups(replicas: list[list[int]]) -> dict[tuple[int, int], Any]:

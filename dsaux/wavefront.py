@@ -14,7 +14,7 @@ Under `penalty` the lag is zero: all stages treat the batch that enters, and not
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,9 +87,27 @@ class Wavefront:
         return Tick(tuple(None if batch is None else self._first_step + batch for batch in batches))
 
     def take_data(self) -> Iterator[Any] | None:
-        """The iterator that holds this stage's batch of the present tick; None for a stage without one."""
+        """The iterator that holds this stage's batch of the present tick.
+
+        None for a stage without a batch, and for a batch that was under way when the run was saved.
+        """
         return None if self.present().steps[self.stage_id] is None else self._unread.popleft()
 
     def advance(self) -> None:
         """End the present tick."""
         self.tick += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches under way are; not their data."""
+        return {
+            "tick": self.tick,
+            "num_batches": self.num_batches,
+            "first_step": self._first_step,
+            "num_unread": len(self._unread),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; the data of the batches come from the iterator of the next call."""
+        self.tick, self.num_batches = state["tick"], state["num_batches"]
+        self._first_step = state["first_step"]
+        self._unread = deque([None] * state["num_unread"])

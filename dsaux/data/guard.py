@@ -6,7 +6,7 @@ The engine sends it with the AuxNet's gradients, as one float32 number per rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,3 +76,11 @@ class BatchGuard:
                 )
             if len(seen) == len(self.ranks):
                 del self._seen[step]
+
+    def state_dict(self) -> dict[int, dict[int, int]]:
+        """Digests of the batches that some ranks have yet to see, by step and rank."""
+        return {step: dict(seen) for step, seen in self._seen.items()}
+
+    def load_state_dict(self, state: Mapping[int, Mapping[int, int]]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self._seen = {step: dict(seen) for step, seen in state.items()}

@@ -166,7 +166,7 @@ def test_evaluation_needs_the_folder_of_a_run(tmp_path: Path, made: bool, reason
     path = tmp_path / "a"
     if made:
         path.mkdir()
-    with pytest.raises(ConfigError, match=f"{reason}; --eval_only needs the folder of a finished run"):
+    with pytest.raises(ConfigError, match=f"{reason}; --eval_only needs the folder of a run that has saved one"):
         check_saved_run(path)
     assert path.exists() == made
 
@@ -174,9 +174,10 @@ def test_evaluation_needs_the_folder_of_a_run(tmp_path: Path, made: bool, reason
 def test_evaluation_needs_a_saved_network(tmp_path: Path) -> None:
     folder = create_run_folder(tmp_path / "a", "quick")
     folder.write_config({})
-    with pytest.raises(ConfigError, match="has no saved network in checkpoint/final"):
+    with pytest.raises(ConfigError, match="has no saved network in checkpoint/"):
         check_saved_run(folder.path)
-    (folder.path / "checkpoint" / "final").mkdir(parents=True)
+    (folder.path / "checkpoint" / "step_00000001").mkdir(parents=True)
+    (folder.path / "checkpoint" / "step_00000001" / "manifest.json").touch()
     check_saved_run(folder.path)
 
 

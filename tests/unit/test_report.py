@@ -90,7 +90,8 @@ def test_an_empty_run_dir_is_refused_on_every_rank(config: Config) -> None:
 
 def test_an_evaluation_adds_to_the_run_and_leaves_its_configuration(config: Config) -> None:
     open_new(config, "here")
-    Path("here/checkpoint/final").mkdir(parents=True)
+    Path("here/checkpoint/step_00000001").mkdir(parents=True)
+    Path("here/checkpoint/step_00000001/manifest.json").touch()
     before = Path("here/config.json").read_bytes(), Path("here/environment.json").read_bytes()
     other = config_from_dict({**DOCUMENT, "train_batch_size": 16})
     report = open_report(other, place=place(world_size=4), run_dir="here", eval_only=True)
@@ -108,7 +109,8 @@ def test_an_evaluation_of_another_network_is_refused_on_every_rank(
     config: Config, rank: int, block: str, key: str, value: object
 ) -> None:
     open_new(config, "here")
-    Path("here/checkpoint/final").mkdir(parents=True)
+    Path("here/checkpoint/step_00000001").mkdir(parents=True)
+    Path("here/checkpoint/step_00000001/manifest.json").touch()
     other = config_from_dict(config.to_dict(), overrides=[f"dsaux.{block}.{key}={value}"])
     with pytest.raises(ConfigError, match=f"dsaux.{block}.{key} is .* but the run in here was trained with"):
         open_report(other, place=place(rank=rank), run_dir="here", eval_only=True)

@@ -1,0 +1,145 @@
+"""Optimizer state by parameter, whoever holds it: a plain optimizer, ZeRO-1, or the bf16 optimizer.
+
+DeepSpeed's wrapped optimizers keep one flat float32 tensor per parameter group, cut over the data group. A checkpoint
+that stored those could be read by as many replicas alone, and by no other cut of the network. Here they are put
+together again, parameter by parameter, through DeepSpeed's own mapping, and taken apart when they are loaded. Used by
+`dsaux.engine_state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ParameterState = dict[str, Any]
+"""{"state": {key: tensor or number}} and, where the weights are not float32 themselves, "master": float32 weights."""
+
+
+def parameter_states(optimizer: Any, parameters: Iterable[Tensor]) -> list[ParameterState]:
+    """Optimizer state of each parameter, on the CPU; a collective of the data group where the optimizer is wrapped.
+
+    Args:
+        optimizer: a torch optimizer, DeepSpeed's ZeRO-1 or its bf16 optimizer.
+        parameters: parameters that it steps, in an order that is the same on all replicas.
+
+    Returns:
+        One entry per parameter; "state" is empty before the first step.
+    """
+    base = base_optimizer(optimizer)
+    found = []
+    for parameter in parameters:
+        if not _is_wrapped(optimizer):
+            state = {key: _to_cpu(value) for key, value in base.state.get(parameter, {}).items()}
+            found.append({"state": state})
+            continue
+        flat = _flat_partition(optimizer, parameter)
+        held = base.state.get(flat, {})
+        _link(optimizer, when=bool(held))
+        state = {
+            key: _to_cpu(parameter.get_full_hp_param(key) if _is_slice(value, flat) else value)  # type: ignore[attr-defined]
+            for key, value in held.items()
+        }
+        found.append({"master": _to_cpu(parameter.get_full_hp_param()), "state": state})  # type: ignore[attr-defined]
+    return found
+
+
+def load_parameter_states(
+    optimizer: Any, parameters: Iterable[Tensor], states: Iterable[ParameterState | None]
+) -> None:
+    """Restore what :func:`parameter_states` gave, in whatever way the optimizer holds it.
+
+    Args:
+        optimizer: as there; it must not have stepped yet, or have stepped with the same kind of state.
+        parameters: as there.
+        states: one entry per parameter; None for a parameter whose state starts anew.
+    """
+    base = base_optimizer(optimizer)
+    pairs = list(zip(parameters, states, strict=True))
+    if not _is_wrapped(optimizer):
+        for parameter, entry in pairs:
+            if entry is not None and entry["state"]:
+                base.state[parameter] = {
+                    key: _like(value, parameter) if _is_slice(value, parameter) else _copy(value)
+                    for key, value in entry["state"].items()
+                }
+        return
+    for parameter, entry in pairs:
+        if entry is None:
+            continue
+        flat = _flat_partition(optimizer, parameter)
+        for key, value in entry["state"].items():
+            if key not in base.state[flat]:
+                is_slice = _is_slice(value, parameter)
+                base.state[flat][key] = torch.zeros_like(flat) if is_slice else _copy(value)
+    _link(optimizer, when=any(base.state.values()))
+    for parameter, entry in pairs:
+        if entry is None:
+            continue
+        # The float32 weights of a run without them are its weights.
+        master = entry.get("master", parameter.detach().float())
+        parameter.set_full_hp_param(master.to(parameter.device), None)  # type: ignore[attr-defined]
+        for key, value in entry["state"].items():
+            if _is_slice(value, parameter):
+                parameter.set_full_hp_param(value.to(parameter.device), key)  # type: ignore[attr-defined]
+
+
+def group_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """Learning rate, momentum and so on of each parameter group."""
+    return [
+        {key: _to_cpu(value) for key, value in group.items() if key != "params"}
+        for group in base_optimizer(optimizer).param_groups
+    ]
+
+
+def load_group_settings(optimizer: Any, groups: list[Mapping[str, Any]]) -> None:
+    """Restore the learning rate that a schedule had reached; all else is as the configuration says."""
+    for group, saved in zip(base_optimizer(optimizer).param_groups, groups, strict=False):
+        for key in ("lr", "initial_lr"):
+            if key in saved:
+                group[key] = saved[key]
+
+
+def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside DeepSpeed's."""
+    inner: torch.optim.Optimizer = optimizer.optimizer if _is_wrapped(optimizer) else optimizer
+    return inner
+
+
+def _is_wrapped(optimizer: Any) -> bool:
+    return hasattr(optimizer, "_link_all_hp_params")
+
+
+def _flat_partition(optimizer: Any, parameter: Tensor) -> Tensor:
+    """This rank's flat float32 tensor of the parameter's group."""
+    groups = getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups
+    flats = getattr(optimizer, "fp32_groups_flat_partition", None) or optimizer.single_partition_of_fp32_groups
+    for members, flat in zip(groups, flats, strict=True):
+        if any(member is parameter for member in members):
+            return flat  # type: ignore[no-any-return]
+    raise AssertionError("every parameter of a stage is in a group of its optimizer")
+
+
+def _link(optimizer: Any, *, when: bool) -> None:
+    """Let DeepSpeed map parameters to slices of the optimizer's state, which it does with the first step."""
+    if when:
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _is_slice(value: Any, whole: Tensor) -> bool:
+    """Whether a state is one number per weight, not a count of steps."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.numel() == whole.numel()
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    return value.to(device=parameter.device, dtype=parameter.dtype, copy=True).view_as(parameter)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _to_cpu(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,162 @@
+"""A loss that is no finite number: the batch is left out on all ranks, or the ranks know which stage it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dsaux.step_guard import MOST_SKIPS_IN_A_ROW, LateReader
+from tests.ranks import run_ranks
+from tests.small_engine import Case, build, weights
+
+pytestmark = pytest.mark.multiprocess
+
+STEPS, BAD_STEP = 6, 2
+SKIP = {"dsaux": {"run": {"nan": "skip"}}}
+ZERO = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+ADAM = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
+BF16 = {"bf16": {"enabled": True}}
+SINGLE = torch.float32
+
+CASES = {
+    "penalty": Case((0, 2, 6), "penalty", accumulation=2, changes=SKIP),
+    "penalty, Adam": Case((0, 2, 6), "penalty", changes={**SKIP, **ADAM}),
+    "penalty, bf16": Case((0, 2, 6), "penalty", dtype=SINGLE, changes={**SKIP, **BF16}),
+    "penalty, 3 stages": Case((0, 2, 4, 6), "penalty", changes=SKIP),
+    "1f1b": Case((0, 2, 6), "1f1b", accumulation=2, changes=SKIP),
+    "penalty, 2 replicas, ZeRO-1": Case((0, 2, 6), "penalty", replicas=2, dtype=SINGLE, changes={**SKIP, **ZERO}),
+    "1f1b, 2 replicas": Case((0, 2, 6), "1f1b", replicas=2, accumulation=2, changes=SKIP),
+}
+
+
+def stream(case: Case, replica: int, *, bad: bool) -> list[Any]:
+    """Micro-batches with one image that is no number in the bad step of replica 0, or without that step at all."""
+    found = case.replica_batches(replica)
+    first = BAD_STEP * case.accumulation
+    if not bad:
+        return found[:first] + found[first + case.accumulation :]
+    if replica == 0:
+        images, labels = found[first]
+        images = images.clone()
+        images[0, 0, 0, 0] = float("nan")
+        found[first] = images, labels
+    return found
+
+
+def train_on(case: Case, *, bad: bool) -> dict[str, Any]:
+    """Weights and buffers after all batches."""
+    engine = build(case)
+    batches = stream(case, engine.grid.get_data_parallel_rank(), bad=bad)
+    data = iter(batches)
+    for _ in range(len(batches) // case.accumulation):
+        engine.train_batch(data)
+    engine.drain()
+    buffers = {name: buffer.double().numpy().copy() for name, buffer in engine.module.named_buffers()}
+    return {**weights(engine), "buffers": buffers, "skipped": engine.skipped_steps, "steps": engine.global_steps}
+
+
+def with_and_without(cases: dict[str, Case]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Each case with the bad batch and without it."""
+    return {name: (train_on(case, bad=True), train_on(case, bad=False)) for name, case in cases.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_skipped_batch_leaves_no_trace_in_any_stage(world_size: int) -> None:
+    cases = {name: replace(case, steps=STEPS) for name, case in CASES.items() if case.world_size == world_size}
+    for rank in run_ranks(with_and_without, world_size, cases):
+        for name, (with_bad, without) in rank.items():
+            assert (with_bad["skipped"], with_bad["steps"]) == (1, STEPS), name
+            assert (without["skipped"], without["steps"]) == (0, STEPS - 1), name
+            for part in ("stage", "aux", "buffers"):
+                for key, value in with_bad[part].items():
+                    assert np.isfinite(value).all(), f"{name}: {key}"
+                    assert np.array_equal(value, without[part][key]), f"{name}: {key}"
+
+
+def test_under_al_every_stage_skips_the_batch_when_its_turn_comes() -> None:
+    case = Case((0, 2, 4, 6), "al", steps=STEPS, changes=SKIP)
+    for rank in run_ranks(train_on_bad, 3, case):
+        assert (rank["skipped"], rank["steps"]) == (1, STEPS)
+        for part in ("stage", "aux", "buffers"):
+            assert all(np.isfinite(value).all() for value in rank[part].values())
+
+
+def train_on_bad(case: Case) -> dict[str, Any]:
+    """With the bad batch."""
+    return train_on(case, bad=True)
+
+
+@pytest.mark.parametrize("schedule", ["penalty", "al"])
+def test_all_ranks_learn_which_stages_saw_it(schedule: str) -> None:
+    case = Case((0, 2, 6), schedule, steps=STEPS)
+    first, second = run_ranks(faults_by_step, 2, case)
+    assert first == second
+    assert all(not any(faults) for faults in first[:BAD_STEP])
+    assert first[BAD_STEP][1] == 1  # the last stage has the batch at once under both schedules
+    assert first[BAD_STEP][0] == (1 if schedule == "penalty" else 0)
+
+
+def faults_by_step(case: Case) -> list[list[float]]:
+    """Faults of each stage behind each step up to the bad one."""
+    engine = build(case)
+    data = iter(stream(case, 0, bad=True))
+    found = []
+    for _ in range(BAD_STEP + 1):
+        engine.train_batch(data)
+        found.append(engine.stage_faults.tolist())
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["penalty", "al", "1f1b"])
+def test_a_run_of_bad_batches_ends_with_an_error_on_every_rank(schedule: str) -> None:
+    case = Case((0, 2, 6), schedule, steps=MOST_SKIPS_IN_A_ROW + 5, changes=SKIP)
+    first, last = run_ranks(train_on_nothing_but_bad, 2, case)
+    assert f"{MOST_SKIPS_IN_A_ROW + 1} batches in a row" in last
+    if schedule != "al":  # there the first stage is a batch behind, and loses its peer
+        assert first == last
+
+
+def train_on_nothing_but_bad(case: Case) -> str:
+    """The error that ends it."""
+    engine = build(case)
+    data = iter([(images * float("nan"), labels) for images, labels in case.replica_batches(0)])
+    try:
+        for _ in range(case.steps):
+            engine.train_batch(data)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("schedule", ["penalty", "al", "1f1b"])
+def test_all_ranks_agree_to_stop_behind_the_same_step(schedule: str) -> None:
+    case = Case((0, 2, 6), schedule, steps=STEPS)
+    first, second = run_ranks(stop_on_rank_1, 2, case)
+    assert first == second
+    assert first in (2, 3)
+
+
+def stop_on_rank_1(case: Case) -> int:
+    """The step behind which this rank stops, where rank 1 has asked for it before the second."""
+    engine = build(case)
+    data = iter(case.replica_batches(0))
+    for step in range(case.steps):
+        if step == 1 and engine.global_rank == 1:
+            engine.request_stop()
+        engine.train_batch(data)
+        if engine.stop_is_agreed:
+            return step + 1
+    return -1
+
+
+def test_a_late_reader_gives_each_value_a_set_number_of_steps_later() -> None:
+    reader = LateReader(torch.device("cpu"), delay=2)
+    seen = []
+    for value in range(1, 6):
+        reader.put(torch.tensor(float(value)))
+        seen.append(reader.get())
+    assert seen == [0.0, 0.0, 1.0, 2.0, 3.0]
