@@ -13,6 +13,7 @@ from dsaux.config import ConfigError, check_launch, load_config
 from dsaux.config_rules import suggestion
 from dsaux.resume import LATEST, check_start, config_of, plan_start
 from dsaux.runtime import Place, run_and_exit, share_cores, start_process_group
+from dsaux.watch import Watch
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,7 +83,7 @@ def main() -> None:
     if arguments.eval_only:
         config = config.without_auxnet()
         found = find_checkpoint(Path(arguments.run_dir)) if place.rank == 0 else None
-    with report:
+    with report, Watch(place, timeout_s=config.dsaux.run.timeout_s, on_stop=report.failed) as watch:
         dataset = load_dataset(config.dsaux.data)
         share_cores(place)
         quiet = not config.deepspeed.get("wall_clock_breakdown", False)
@@ -98,6 +99,7 @@ def main() -> None:
         engine = build_engine(
             config, launch, layers=layers, dataset=dataset, partition=partition, main_steps=main_steps
         )
+        watch.progress(stage=engine.stage_id)
         report.show_stages(engine, partition=partition, place=place)
         trainer = Trainer(
             config,
@@ -107,6 +109,7 @@ def main() -> None:
             partition=partition,
             folder=report.folder,
             display=report.display,
+            watch=watch,
         )
         found = tell_all(found)
         if arguments.eval_only:

@@ -165,7 +165,11 @@ class RunConfig:
         ("stop", "skip"),
         "On a loss or gradient that is no finite number: stop the run, or leave the batch out on all ranks.",
     )
-    timeout_s: int = _int(600, 1, "Seconds that a collective may take before the run is given up.")
+    timeout_s: int = _int(
+        600,
+        1,
+        "Seconds that a collective may take; nine tenths of it without progress on any rank end the run as well.",
+    )
 
 
 @dataclass(frozen=True)

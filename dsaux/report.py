@@ -19,6 +19,7 @@ from dsaux.environment import describe_environment
 from dsaux.metrics import CONFIG_FILE, RunFolder, StageRow, check_saved_run, create_run_folder, open_run_folder
 from dsaux.resume import Start
 from dsaux.runtime import Place, Stopped
+from dsaux.watch_rules import RunFailedError
 
 if TYPE_CHECKING:  # the engine needs DeepSpeed, which is imported after the checks
     from dsaux.engine import AuxPipelineEngine
@@ -46,10 +47,25 @@ class Report:
     ) -> None:
         if self.display:
             self.display.__exit__(kind, error, trace)
-        if self.folder and kind is not None and kind is not Stopped:
+        if kind is not None and kind is not Stopped:
             text = str(error)
+            named = f"{kind.__name__}: {text}" if text else kind.__name__
+            self._record(text if kind is RunFailedError else named)
+
+    def failed(self, text: str) -> None:
+        """Close the display and record why the run ends; the watch calls it while the main thread is blocked.
+
+        Args:
+            text: the cause.
+        """
+        if self.display:
+            self.display.__exit__(None, None, None)
+        self._record(text)
+
+    def _record(self, text: str) -> None:
+        if self.folder:
             with contextlib.suppress(OSError):  # a full disk must not hide the error that ended the run
-                self.folder.event("failed", error=f"{kind.__name__}: {text}" if text else kind.__name__)
+                self.folder.event("failed", error=text)
 
     def show_stages(self, engine: AuxPipelineEngine, *, partition: Partition, place: Place) -> None:
         """Gather what every rank holds and show it on rank 0; a collective over all ranks.

@@ -187,6 +187,12 @@ def run_and_exit(main: Callable[[], None]) -> None:
     except BaseException as error:  # the last line of defence: say it, end the process, free the others
         if isinstance(error, SystemExit):
             raise
+        from dsaux.watch_rules import RunFailedError
+
+        if isinstance(error, RunFailedError):  # its text is the one story that all ranks tell
+            if error.__cause__ is not None:
+                traceback.print_exception(error.__cause__)
+            _leave(f"error: {error}", EXIT_FAILED)
         traceback.print_exc()
         _leave(f"error: {type(error).__name__}: {error}", EXIT_FAILED)
 

@@ -34,6 +34,7 @@ from dsaux.metrics import (
 from dsaux.partition import Partition
 from dsaux.resume import changes_since
 from dsaux.runtime import Stopped, peak_memory_bytes, stop_signals
+from dsaux.watch import Watch
 
 WARMUP_STEPS = 5
 """Steps left out of the throughput: first allocations, the loader's start."""
@@ -60,6 +61,7 @@ class Trainer:
         partition: how the network is cut.
         folder: run folder; None on all ranks but 0.
         display: what a person sees; None on all ranks but 0.
+        watch: is told what this rank does.
     """
 
     def __init__(
@@ -72,10 +74,11 @@ class Trainer:
         partition: Partition,
         folder: RunFolder | None,
         display: RunDisplay | None,
+        watch: Watch,
     ) -> None:
         self.config, self.settings, self.launch = config, config.dsaux, launch
         self.engine, self.dataset, self.partition = engine, dataset, partition
-        self.folder, self.display = folder, display
+        self.folder, self.display, self.watch = folder, display, watch
         replica = engine.grid.get_data_parallel_rank()
         common = {"dataset": dataset, "replica": replica, "device": engine.device}
         self.stream = training_stream(config, launch, **common)
@@ -129,6 +132,7 @@ class Trainer:
 
     def resume(self, found: FoundCheckpoint) -> None:
         """Go on from a checkpoint, the same on all ranks; before :meth:`fit`."""
+        self.watch.progress(step=found.step, activity="loading a checkpoint")
         _, state = self.engine.load_checkpoint(found.path, found=found)
         mine = state.get("trainer", {})
         self.step = self.logged_step = found.step
@@ -152,6 +156,7 @@ class Trainer:
         Args:
             reestimate: refresh BatchNorm's statistics first; False for a network that was saved with good ones.
         """
+        self.watch.progress(activity="evaluation")
         self.engine.drain()  # training time, not evaluation
         self.meter.pause()
         started = time.perf_counter()
@@ -215,6 +220,7 @@ class Trainer:
             self._switch_to_exact()
         if self._reads_from_here():
             self.stream.seek(self.step * self.launch.gradient_accumulation_steps)
+        self.watch.progress(step=self.step + 1, activity="training step")
         self.loss = self.engine.train_batch(self.stream)
         self.step += 1
         self.meter.step(self.launch.train_batch_size)
@@ -340,6 +346,7 @@ class Trainer:
             return self.checkpoints / _tag(self.step)
         if self.step > 0 and hasattr(self, "loss"):
             self._check_finite()  # on a GPU the loss is not looked at in every step
+        self.watch.progress(activity="saving a checkpoint")
         self.meter.pause()
         started = time.perf_counter()
         self.engine.save_checkpoint(
@@ -379,6 +386,7 @@ class Trainer:
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def _finish(self, result: Evaluation, *, wall_s: float) -> None:
+        self.watch.progress(activity="end of the run")
         if not (self.folder and self.display):
             return
         final = FinalStats(
