@@ -107,6 +107,11 @@ class FoundCheckpoint:
             raise CheckpointError(f"{self.path / name} does not hold plain tensors and numbers: {error}") from error
 
 
+def layer_model_file(index: int) -> str:
+    """Weights and buffers of a layer, by its index in the whole network; DeepSpeed's name for the file."""
+    return f"layer_{index:02d}-model_states.pt"
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -250,10 +255,7 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
             continue
         return FoundCheckpoint(found.path, found.content, found.files, tuple(skipped))
     if skipped:
-        raise ConfigError(
-            f"{path} has no checkpoint that is whole. {' '.join(skipped)} Give another run, or start a new one without "
-            "--resume."
-        )
+        raise ConfigError(f"{path} has no checkpoint that is whole. {' '.join(skipped)} Give another run.")
     raise ConfigError(
         f"{path} holds no checkpoint. Give the folder of a run that has saved one (with a {MANIFEST_FILE} in each "
         f"folder under {CHECKPOINT_FOLDER}/)."

@@ -27,6 +27,7 @@ from dsaux.checkpoint import (
     clear_partial,
     describe_failure,
     find_checkpoint,
+    layer_model_file,
     partial_folder,
     publish,
     write_file,
@@ -38,11 +39,6 @@ if TYPE_CHECKING:
     from dsaux.engine import AuxPipelineEngine
 
 AUX_MODEL_FILE, AUX_OPTIM_FILE = "aux_net-model_states.pt", "aux_net-optim_states.pt"
-
-
-def layer_model_file(index: int) -> str:
-    """Weights and buffers of a layer, by its index in the whole network."""
-    return f"layer_{index:02d}-model_states.pt"
 
 
 def layer_optim_file(index: int) -> str:

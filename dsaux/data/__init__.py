@@ -64,6 +64,7 @@ class ImageDataset:
         num_classes: number of classes.
         mean: mean of each channel over the training images, in units of 0 .. 255.
         std: standard deviation of each channel over the training images, in units of 0 .. 255.
+        classes: names of the classes in the order of the labels; None where they have none.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ImageDataset:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: tuple[str, ...] | None = None
 
     @cached_property
     def padded_train_images(self) -> NDArray[np.uint8]:
@@ -90,10 +92,11 @@ class _Source:
     image_sizes: tuple[int, int]
     check: Callable[[], object]
     make: Callable[..., tuple[synthetic.Split, synthetic.Split]]
+    classes: tuple[str, ...] | None = None
 
 
 _SOURCES: Mapping[str, _Source] = {
-    "photos": _Source(photos.NUM_CLASSES, photos.IMAGE_SIZES, photos.find_pictures, photos.make_photos),
+    "photos": _Source(photos.NUM_CLASSES, photos.IMAGE_SIZES, photos.find_pictures, photos.make_photos, photos.CLASSES),
     "synthetic": _Source(synthetic.NUM_CLASSES, synthetic.IMAGE_SIZES, lambda: None, synthetic.make_synthetic),
 }
 
@@ -149,6 +152,7 @@ def load_dataset(data: DataConfig) -> ImageDataset:
         num_classes=source.num_classes,
         mean=mean,
         std=std,
+        classes=source.classes,
     )
 
 

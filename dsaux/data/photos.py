@@ -55,6 +55,9 @@ _SKIMAGE_PICTURES = (
     "rocket.jpg",
 )
 _SKLEARN_PICTURES = ("china.jpg", "flower.jpg")
+CLASSES = tuple(Path(name).stem for name in (*_SKIMAGE_PICTURES, *_SKLEARN_PICTURES))
+"""Names of the classes, in the order of the labels."""
+
 _PLACES = (
     ("skimage", "scikit-image", "data", _SKIMAGE_PICTURES),
     ("sklearn", "scikit-learn", "datasets/images", _SKLEARN_PICTURES),
