@@ -62,6 +62,12 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError("--eval_only evaluates and --resume trains. Leave one of them out.")
     if arguments.ds_config is None and (arguments.resume is not None or arguments.eval_only):
         arguments.ds_config = config_of(arguments.resume, run_dir=arguments.run_dir)
+        if arguments.ds_config is None:
+            raise ConfigError(
+                f"{arguments.resume or ''} {arguments.run_dir or ''}".strip()
+                + " is no run folder, or has no config.json "
+                "in it. Give the folder of a run, or --ds_config as well."
+            )
     if arguments.ds_config is None:
         raise ConfigError("--ds_config is missing. Give a file, e.g. --ds_config ds_configs/quickstart.json.")
     return arguments

@@ -27,7 +27,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -39,6 +39,7 @@ LATEST_FILE = "latest"
 MANIFEST_FILE = "manifest.json"
 SEAL_FILE = MANIFEST_FILE + ".sha256"
 FORMAT = 1
+_BEFORE = ".before"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -190,10 +191,15 @@ def publish(folder: Path, name: str, *, entries: Iterable[FileEntry], content: M
     _write_bytes(partial / MANIFEST_FILE, data)
     _write_bytes(partial / SEAL_FILE, _seal(data))
     _sync_folder(partial)
-    if path.exists():  # of a run that was resumed from an earlier step
-        shutil.rmtree(path)
+    before = folder / f"{name}{_BEFORE}"
+    if (
+        path.exists()
+    ):  # of a run that was resumed from an earlier step; whole under its other name, until it is replaced
+        shutil.rmtree(before, ignore_errors=True)
+        path.rename(before)
     partial.rename(path)
     _sync_folder(folder)
+    shutil.rmtree(before, ignore_errors=True)
     if latest:
         temporary = folder / f".{LATEST_FILE}.partial"
         _write_bytes(temporary, f"{name}\n".encode())
@@ -281,13 +287,12 @@ def verify(path: Path) -> FoundCheckpoint:
     """Read a whole checkpoint and compare it with its manifest.
 
     Raises:
-        CheckpointError: names the file that is missing, has been cut or altered, or has been added.
+        CheckpointError: names the file that is missing or has been cut or altered.
     """
     manifest = _read_manifest(path)
     files = {entry["name"]: FileEntry(**entry) for entry in manifest.pop("files")}
-    present = {item.name for item in path.iterdir()} - {MANIFEST_FILE, SEAL_FILE}
     for name, entry in files.items():
-        if name not in present:
+        if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing.")
         try:
             size_bytes, sha256 = _measure(path / name)
@@ -344,14 +349,55 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
         version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST_FILE} is no manifest of dsaux.") from error
     if version != FORMAT:
         raise CheckpointError(
             f"{path / MANIFEST_FILE} has format {version}; this version of dsaux reads format {FORMAT}. Take the "
             "version that wrote it."
         )
+    for key, is_right in _CONTENT.items():
+        if not is_right(manifest.get(key)):
+            raise CheckpointError(f"{path / MANIFEST_FILE} has a wrong entry {key!r}: it was not written by dsaux.")
     return dict(manifest)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_layout(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("schedule"), str):
+        return False
+    bounds = value.get("bounds")
+    return (
+        all(_is_count(value.get(key)) and value[key] > 0 for key in ("stages", "replicas", "micro_batches"))
+        and isinstance(bounds, list)
+        and len(bounds) == value["stages"] + 1
+        and all(_is_count(bound) for bound in bounds)
+    )
+
+
+def _is_listing(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and entry.keys() == {"name", "size_bytes", "sha256"}
+        and isinstance(entry["name"], str)
+        and entry["name"] == Path(entry["name"]).name  # never a path out of the folder
+        and _is_count(entry["size_bytes"])
+        and isinstance(entry["sha256"], str)
+        for entry in value
+    )
+
+
+_CONTENT: Mapping[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "num_layers": _is_count,
+    "is_drained": lambda value: isinstance(value, bool),
+    "layout": _is_layout,
+    "files": _is_listing,
+}
+"""Entries that every manifest has."""
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------

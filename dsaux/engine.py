@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsaux import engine_state
 from dsaux.aux_replica import AuxReplica
-from dsaux.checkpoint import FoundCheckpoint
+from dsaux.checkpoint import CheckpointError, FoundCheckpoint
 from dsaux.config import DsauxConfig
 from dsaux.data.guard import BatchGuard
 from dsaux.engine_state import find_together, write_together
@@ -380,7 +380,13 @@ class AuxPipelineEngine(LocalStepEngine):
         if found.content["layout"]["schedule"] == "1f1b" and self.is_local_schedule:
             # The run had gone over to its exact epochs.
             self.use_exact_schedule(lr=tail and tail["lr"], num_steps=tail["num_steps"] if tail else 1)
-        client_state, notes = engine_state.restore(self, found)
+        try:
+            client_state, notes = engine_state.restore(self, found)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{found.path} does not hold what a checkpoint of dsaux holds ({type(error).__name__}: {error}). Give "
+                "another one."
+            ) from error
         self.restored_notes = [*found.skipped, *notes]
         return str(found.path), client_state
 

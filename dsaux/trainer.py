@@ -17,7 +17,7 @@ import torch.distributed
 
 from dsaux.assemble import batchnorm_stream, training_stream
 from dsaux.checkpoint import CHECKPOINT_FOLDER, CheckpointError, FoundCheckpoint, keep_newest
-from dsaux.config import Config, Launch
+from dsaux.config import Config, ConfigError, Launch
 from dsaux.data import ImageDataset, test_batches
 from dsaux.display import RunDisplay
 from dsaux.engine import AuxPipelineEngine
@@ -96,6 +96,7 @@ class Trainer:
         self.step = self.logged_step = 0
         self.skipped_steps = 0
         self.evaluated_at = self.saved_at = -1
+        self.saved_is_evaluated = False
         self.trained_s = 0.0
         self.is_loaded = False
         every = self.settings.run.checkpoint_every
@@ -133,12 +134,17 @@ class Trainer:
     def resume(self, found: FoundCheckpoint) -> None:
         """Go on from a checkpoint, the same on all ranks; before :meth:`fit`."""
         self.watch.progress(step=found.step, activity="loading a checkpoint")
-        _, state = self.engine.load_checkpoint(found.path, found=found)
+        try:
+            _, state = self.engine.load_checkpoint(found.path, found=found)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
         mine = state.get("trainer", {})
         self.step = self.logged_step = found.step
         for name in _KEPT:
             setattr(self, name, mine.get(name, getattr(self, name)))
         self.mismatch, self.adjoint = tuple(self.mismatch), tuple(self.adjoint)
+        if found.path.parent.resolve() == self.checkpoints.resolve():
+            self.saved_at, self.saved_is_evaluated = found.step, bool(found.content.get("is_evaluated", False))
         if len(self.waited_s) != self.launch.stages:  # figures of other stages
             self.waited_s, self.local_s, self.mismatch, self.adjoint = [0.0] * self.launch.stages, 0.0, (), ()
         notes = [*self.engine.restored_notes, *changes_since(found.content, self.config)]
@@ -205,7 +211,10 @@ class Trainer:
             evaluation.
         """
         self.is_loaded = True
-        load_network(self.engine, found)
+        try:
+            load_network(self.engine, found)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
         self.step = found.step
         for text in found.skipped:
             self._warn(text)
@@ -342,7 +351,8 @@ class Trainer:
 
     def _save(self) -> Path:
         """Save this step, batches under way included; to save does not change the run."""
-        if self.saved_at == self.step and self.evaluated_at != self.step:
+        is_evaluated = self.evaluated_at == self.step
+        if self.saved_at == self.step and is_evaluated in (self.saved_is_evaluated, False):
             return self.checkpoints / _tag(self.step)
         if self.step > 0 and hasattr(self, "loss"):
             self._check_finite()  # on a GPU the loss is not looked at in every step
@@ -357,10 +367,10 @@ class Trainer:
             about={
                 "config": self.config.to_dict(),
                 "train_batch_size": self.launch.train_batch_size,
-                "is_evaluated": self.evaluated_at == self.step,
+                "is_evaluated": is_evaluated,
             },
         )
-        self.saved_at = self.step
+        self.saved_at, self.saved_is_evaluated = self.step, is_evaluated
         if self.folder:
             keep_newest(self.checkpoints, self.settings.run.keep)
             self.folder.event("checkpoint", step=self.step, seconds=time.perf_counter() - started)

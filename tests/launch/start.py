@@ -25,10 +25,12 @@ class Ranks:
     Attributes:
         processes: by rank.
         logs: what each has written, by rank; standard output and errors together.
+        port: of the process group.
     """
 
     processes: list[subprocess.Popen[bytes]]
     logs: list[Path] = field(default_factory=list)
+    port: int = 0
 
     def wait(self, *, limit_s: float = TIME_LIMIT_S) -> list[int]:
         """Exit codes, when all ranks have ended.
@@ -60,18 +62,21 @@ class Ranks:
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in self.logs)
 
 
-def start_ranks(arguments: Sequence[str], *, world_size: int, folder: Path, **variables: str) -> Ranks:
+def start_ranks(
+    arguments: Sequence[str], *, world_size: int, folder: Path, file_bytes: int | None = None, **variables: str
+) -> Ranks:
     """Start `train.py arguments` on each rank.
 
     Args:
         arguments: of train.py.
         world_size: processes.
         folder: where the logs go; must not exist.
+        file_bytes: largest file that a rank may write, as on a disk that is nearly full; None for no limit.
         variables: further environment variables.
     """
     folder.mkdir(parents=True)
     port = free_port()
-    ranks = Ranks([])
+    ranks = Ranks([], port=port)
     for rank in range(world_size):
         environment = {
             **os.environ,
@@ -88,6 +93,8 @@ def start_ranks(arguments: Sequence[str], *, world_size: int, folder: Path, **va
         log = folder / f"rank_{rank}.log"
         with log.open("wb") as file:
             command = [sys.executable, "-u", str(ROOT / "train.py"), *arguments]
+            if file_bytes is not None:
+                command = ["prlimit", f"--fsize={file_bytes}", *command]
             ranks.processes.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
             )

@@ -150,3 +150,11 @@ def test_a_wrong_place_to_resume_from_is_refused(arguments: list[str], words: st
     assert ranks.wait() == [2], ranks.text()
     (line,) = [line for line in ranks.logs[0].read_text().splitlines() if "error:" in line]
     assert words in line
+
+
+@pytest.mark.parametrize("arguments", [["--resume", "nowhere"], ["--resume"], ["--eval_only", "--run_dir", "nowhere"]])
+def test_without_a_configuration_the_run_must_have_one(arguments: list[str], tmp_path: Path) -> None:
+    ranks = start_ranks(arguments, world_size=1, folder=tmp_path / "logs")
+    assert ranks.wait() == [2], ranks.text()
+    (line,) = [line for line in ranks.logs[0].read_text().splitlines() if "error:" in line]
+    assert "is no run folder, or has no config.json in it. Give the folder of a run, or --ds_config" in line

@@ -43,7 +43,13 @@ def save(folder: Path, step: int, *, latest: bool = True) -> Path:
     name = f"step_{step:08d}"
     partial_folder(folder, name).mkdir(parents=True)
     entries = [write_file(partial_folder(folder, name) / file, state) for file, state in STATES.items()]
-    return publish(folder, name, entries=entries, content={"step": step}, latest=latest)
+    return publish(folder, name, entries=entries, content=content(step), latest=latest)
+
+
+def content(step: int) -> dict[str, Any]:
+    """What a manifest must say."""
+    layout = {"schedule": "al", "stages": 2, "replicas": 1, "micro_batches": 1, "bounds": [0, 2, 6]}
+    return {"step": step, "num_layers": 6, "is_drained": True, "layout": layout}
 
 
 @pytest.fixture
@@ -143,7 +149,7 @@ def test_nothing_foreign_is_written_or_loaded(folder: Path, tmp_path: Path, caps
     torch.save(Foreign(), partial / "rank_000-states.pt")
     size_bytes, sha256 = checkpoint._measure(partial / "rank_000-states.pt")
     entry = checkpoint.FileEntry("rank_000-states.pt", size_bytes, sha256)
-    publish(folder, "step_00000030", entries=[entry], content={"step": 30}, latest=True)
+    publish(folder, "step_00000030", entries=[entry], content=content(30), latest=True)
     with pytest.raises(CheckpointError, match="does not hold plain tensors and numbers"):
         find_checkpoint(folder).load("rank_000-states.pt")
     assert "executed" not in capsys.readouterr().out
@@ -188,6 +194,29 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(item.name.removeprefix("step_")) for item in folder.iterdir() if item.is_dir())
 
 
+def test_a_step_is_replaced_by_a_newer_checkpoint_of_it_and_never_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(folder, 20)
+    assert steps_in(folder) == [10, 20]
+
+    rename = Path.rename
+
+    def die_with_the_new_one(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", die_with_the_new_one)
+    with pytest.raises(KeyboardInterrupt):
+        save(folder, 20)
+    assert find_checkpoint(folder).path.name == "step_00000020.before"
+    monkeypatch.undo()
+    clear_partial(folder)
+    save(folder, 20)
+    assert steps_in(folder) == [10, 20]
+
+
 def test_a_folder_without_a_checkpoint_says_what_it_should_hold(tmp_path: Path) -> None:
     assert not has_checkpoint(tmp_path)
     assert peek(tmp_path) is None
@@ -204,3 +233,29 @@ def test_another_format_is_refused(folder: Path) -> None:
     (path / "manifest.json.sha256").write_bytes(checkpoint._seal(data))
     with pytest.raises(CheckpointError, match="has format 99; this version of dsaux reads format 1"):
         verify(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", -1),
+        ("step", True),
+        ("step", "20"),
+        ("num_layers", None),
+        ("is_drained", 1),
+        ("layout", []),
+        ("layout", {"schedule": "al", "stages": 2, "replicas": 1, "micro_batches": 1, "bounds": [0, 6]}),
+        ("files", {}),
+        ("files", [{"name": "../latest", "size_bytes": 1, "sha256": "0"}]),
+        ("files", [{"name": "a"}]),
+    ],
+)
+def test_a_manifest_with_a_wrong_entry_is_refused_although_its_seal_fits(folder: Path, key: str, value: object) -> None:
+    path = folder / "step_00000020"
+    document = json.loads((path / "manifest.json").read_text())
+    data = json.dumps({**document, key: value}).encode()
+    (path / "manifest.json").write_bytes(data)
+    (path / "manifest.json.sha256").write_bytes(checkpoint._seal(data))
+    with pytest.raises(CheckpointError, match=f"has a wrong entry '{key}'"):
+        verify(path)
+    assert find_checkpoint(folder).step == 10

@@ -39,8 +39,11 @@ def make_run(path: str, *, steps: tuple[int, ...] = (), config: Config | None = 
         folder, name = run / "checkpoint", f"step_{step:08d}"
         partial_folder(folder, name).mkdir(parents=True)
         entry = write_file(partial_folder(folder, name) / "rank_000-states.pt", {"step": step})
-        content = {} if config is None else {"config": config.to_dict(), "train_batch_size": 8}
-        publish(folder, name, entries=[entry], content={"step": step, **content}, latest=True)
+        layout = {"schedule": "al", "stages": 2, "replicas": 1, "micro_batches": 1, "bounds": [0, 2, 6]}
+        content = {"step": step, "num_layers": 6, "is_drained": True, "layout": layout}
+        if config is not None:
+            content |= {"config": config.to_dict(), "train_batch_size": 8}
+        publish(folder, name, entries=[entry], content=content, latest=True)
     if steps:
         now = (run / "checkpoint").stat().st_mtime
         os.utime(run / "checkpoint", (now - age_s, now - age_s))
