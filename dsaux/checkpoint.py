@@ -105,7 +105,10 @@ class FoundCheckpoint:
         try:
             return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{self.path / name} does not hold plain tensors and numbers: {error}") from error
+            raise CheckpointError(
+                f"{self.path / name} does not hold plain tensors and numbers ({type(error).__name__}). Give "
+                "another checkpoint."
+            ) from error
 
 
 def layer_model_file(index: int) -> str:

@@ -24,8 +24,11 @@ from dsaux.config_rules import (
 from dsaux.ds_keys import TOP_LEVEL_KEYS
 from dsaux.ds_optim_keys import (
     ADAFACTOR_EPS,
+    ADAFACTOR_EPS_PAIR,
     AMSGRAD_REFUSED,
     DEEPSPEED_OPTIMIZERS,
+    DEFAULT_WARMUP_STEPS,
+    LEAST_WARMUP_STEPS,
     OPTIMIZER_PARAM_RULES,
     OPTIMIZER_SWITCHES,
     REFUSED_OPTIMIZERS,
@@ -122,6 +125,8 @@ def check_optimizer(path: str, block: Mapping[str, Any], *, torch_only: bool = F
             default="the optimizer's default",
         )
     _check_optimizer_pairs(params_path, params)
+    if name == "Adafactor" and "eps" in params:
+        _check_adafactor_eps(join(params_path, "eps"), params["eps"])
 
 
 def _optimizer_name(path: str, given: Any, *, torch_only: bool) -> str:
@@ -188,6 +193,21 @@ def _check_optimizer_pairs(path: str, params: Mapping[str, Any]) -> None:
             f"{path}.etas is {show(etas)}; the first must be < 1 and the second > 1. Change it to [0.5, 1.2]."
         )
 
+    betas = params.get("betas")
+    if betas is not None and not all(isinstance(beta, float) for beta in betas):
+        floats = show([float(beta) for beta in betas])
+        raise ConfigError(
+            f"{path}.betas is {show(betas)}; PyTorch takes no whole numbers there. Change it to {floats}."
+        )
+
+
+def _check_adafactor_eps(path: str, eps: Any) -> None:
+    is_pair = isinstance(eps, list) and len(eps) == 2
+    if not is_pair or not all(rule.allows(value) for rule, value in zip(ADAFACTOR_EPS_PAIR, eps, strict=True)):
+        raise ConfigError(
+            f"{path} is {show(eps)}; it must be {ADAFACTOR_EPS.describe()}, both >= 0. Change it to [null, 0.001]."
+        )
+
 
 def torch_optimizer_of(block: Mapping[str, Any], *, path: str) -> tuple[str, dict[str, Any]]:
     """Finds the optimizer of torch.optim that does the same as an optimizer block of DeepSpeed.
@@ -246,6 +266,22 @@ def _check_scheduler(block: Mapping[str, Any] | None) -> None:
                 f"{path}.{low} is {show(params[low])}, above {high}, which is {show(params[high])}. Swap or"
                 " change them."
             )
+    total, (warmup, words) = params.get("total_num_steps"), warmup_steps(params)
+    if isinstance(total, int) and warmup > total:
+        raise ConfigError(
+            f"{path}.warmup_num_steps is {words}, above total_num_steps, which is {show(total)}. Set warmup_num_steps"
+            f" to {show(total)} or less, or total_num_steps to {show(warmup)} or more."
+        )
+
+
+def warmup_steps(params: Mapping[str, Any]) -> tuple[int, str]:
+    """Steps of warm-up that DeepSpeed makes of a schedule's parameters, and what they are in words."""
+    given: int | None = params.get("warmup_num_steps")
+    if given is None:
+        return DEFAULT_WARMUP_STEPS, f"missing and {DEFAULT_WARMUP_STEPS} by default"
+    if given < LEAST_WARMUP_STEPS:
+        return LEAST_WARMUP_STEPS, f"{given}, which DeepSpeed takes as {LEAST_WARMUP_STEPS}"
+    return given, show(given)
 
 
 def _is_above(low: Any, high: Any) -> bool:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _MANY_KEYS = 16
+_LONGEST = 80  # characters of a value or a key in an error
+_DEEPEST = 32  # blocks and lists in one another; DeepSpeed's own go down to four
 
 
 class ConfigError(ValueError):
@@ -144,7 +146,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(number: float) -> str:
-    return str(int(number)) if float(number).is_integer() else f"{number:g}"
+    return str(int(number)) if float(number).is_integer() and abs(number) < 1e15 else f"{number:g}"
 
 
 def show(value: Any) -> str:
@@ -153,7 +155,7 @@ def show(value: Any) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError):
         text = repr(value)
-    return text if len(text) <= 80 else text[:76] + " ..."
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ..."
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
@@ -174,8 +176,10 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
 
 
 def join(path: str, key: str) -> str:
-    """Returns the dotted path of `key` inside the block at `path` ("" is the top level)."""
-    return f"{path}.{key}" if path else key
+    """Returns the dotted path of `key` inside the block at `path` ("" is the top level); an odd key in quotes."""
+    is_plain = key.isprintable() and key == key.strip() and 0 < len(key) <= _LONGEST
+    name = key if is_plain else show(key)
+    return f"{path}.{name}" if path else name
 
 
 def check_value(path: str, value: Any, rule: Rule, *, default: str = "DeepSpeed's default") -> None:
@@ -228,25 +232,56 @@ def plain_copy(value: Any, path: str) -> Any:
     """Deep copy of a JSON-like value as dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        ConfigError: for NaN or an infinity, a key that is no string, or an object that JSON cannot hold.
+        ConfigError: for NaN, an infinity or a whole number beyond 64 bits, text that UTF-8 cannot hold, a key that
+            is no string, an object that JSON cannot hold, or blocks and lists that lie too deep in one another.
     """
-    if value is None or isinstance(value, (str, bool, int)):
+    return _plain_copy(value, path, depth=0)
+
+
+def _plain_copy(value: Any, path: str, *, depth: int) -> Any:
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ConfigError(
-                f"{path} is {value}, which is not a finite number. Give a finite number, or leave the key out."
-            )
-        return value
+    if isinstance(value, str):
+        return _encodable(value, path)
+    if isinstance(value, (int, float)):
+        return _finite(value, path)
+    if depth > _DEEPEST:
+        raise ConfigError(f"{path[:_LONGEST]} ... lies more than {_DEEPEST} blocks or lists deep. Remove it.")
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(
                     f"{join(path, str(key))} has the key {key!r}; keys must be strings. Write it in quotes."
                 )
-        return {key: plain_copy(item, join(path, key)) for key, item in value.items()}
+            _encodable(key, join(path, key))
+        return {key: _plain_copy(item, join(path, key), depth=depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_copy(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        return [_plain_copy(item, f"{path}[{index}]", depth=depth + 1) for index, item in enumerate(value)]
     raise ConfigError(
         f"{path} is a {type(value).__name__}, which JSON cannot hold. Use numbers, strings, lists and objects."
     )
+
+
+def _finite(number: float, path: str) -> float:
+    if isinstance(number, int):
+        if not -(2**63) <= number < 2**63:
+            raise ConfigError(
+                f"{path} is {show(number)}, which 64 bits cannot hold as a whole number. Give a smaller one, or"
+                " write it with a point or an exponent."
+            )
+    elif not math.isfinite(number):
+        raise ConfigError(
+            f"{path} is {number}, which is not a finite number. Give a finite number, or leave the key out."
+        )
+    return number
+
+
+def _encodable(text: str, path: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{path} holds {show(text[error.start])}, half of a pair of surrogates, which no file or terminal can"
+            " write. Give the whole character."
+        ) from error
+    return text

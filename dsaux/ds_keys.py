@@ -27,13 +27,22 @@ def _off(why: str) -> Rule:
     return Rule("any", refused=why, unless=(False, None, {}, {"enabled": False}))
 
 
+def _gone(keys: str, why: str = "DeepSpeed 0.19.8 has this feature no more. Remove the key.") -> dict[str, Rule]:
+    """Keys that DeepSpeed refuses to see, even switched off."""
+    return {key: Rule("any", refused=why) for key in keys.split()}
+
+
 def _refused(keys: str, why: str) -> dict[str, Rule]:
     return {key: _off(why) for key in keys.split()}
 
 
 _STAGE_3 = "it belongs to ZeRO stage 3, and a pipeline runs with stage 0 or 1. Remove it."
 _OFFLOAD = "dsaux keeps weights and optimizer states on the device that uses them. Remove it."
-_GONE = "DeepSpeed 0.19.8 has this feature no more. Remove the key."
+
+_OWN_CHECKPOINTS = (
+    "dsaux writes checkpoints in a form of its own, by layer, with the AuxNet and for any number of stages. Remove it"
+    " and use dsaux.run.checkpoint_every and dsaux.run.keep."
+)
 
 ZERO_KEYS: Mapping[str, Rule] = {
     "stage": Rule(
@@ -49,10 +58,10 @@ ZERO_KEYS: Mapping[str, Rule] = {
     "allgather_bucket_size": Rule("size", low=0),
     "overlap_comm": Rule("flag", null=True),
     "compute_grad_norm": _FLAG,
-    "load_from_fp32_weights": _FLAG,
-    "elastic_checkpoint": _off("the checkpoint of a stage fits that stage only. Remove it."),
+    "load_from_fp32_weights": Rule("any", refused=_OWN_CHECKPOINTS, unless=(True, False, None)),
+    "elastic_checkpoint": _off(_OWN_CHECKPOINTS),
     "ignore_unused_parameters": _FLAG,
-    "legacy_stage1": _off(_GONE),
+    "legacy_stage1": _off("DeepSpeed 0.19.8 has this feature no more. Remove the key."),
     "round_robin_gradients": _FLAG,
     "parameter_alignment": _FLAG,
     "log_trace_cache_warnings": _FLAG,
@@ -83,7 +92,7 @@ ZERO_KEYS: Mapping[str, Rule] = {
     ),
     **_refused("stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params", _STAGE_3),
     **_refused("stage3_gather_fp16_weights_on_model_save", _STAGE_3),
-    **_refused("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param", _GONE),
+    **_gone("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param"),
 }
 
 BF16_KEYS: Mapping[str, Rule] = {
@@ -127,7 +136,7 @@ PIPELINE_KEYS: Mapping[str, Rule] = {
 ACTIVATION_CHECKPOINTING_KEYS: Mapping[str, Rule] = {
     "partition_activations": _off(_MODEL_PARALLEL),
     "number_checkpoints": Rule("int", low=1, null=True),
-    "contiguous_memory_optimization": _FLAG,
+    "contiguous_memory_optimization": _off(f"DeepSpeed has it with partition_activations alone: {_MODEL_PARALLEL}"),
     "synchronize_checkpoint_boundary": _FLAG,
     "profile": _FLAG,
     "cpu_checkpointing": _FLAG,
@@ -175,27 +184,6 @@ DATA_TYPES_KEYS: Mapping[str, Rule] = {
     "buffer_dtype": _DTYPE,
     "keep_in_fp32_modules": Rule("texts", also=("auto",)),
 }
-CHECKPOINT_WRITER_KEYS: Mapping[str, Rule] = {
-    "type": Rule("text", choices=("mock", "python", "fast", "MOCK", "PYTHON", "FAST")),
-    "decoupled": _FLAG,
-    "io_buffer_size": _SIZE,
-    "io_buffer_double": _FLAG,
-    "show_statistics": _FLAG,
-    "data_parallel": Rule("text", choices=("replica", "socket", "machine", "REPLICA", "SOCKET", "MACHINE"), null=True),
-    "io_multiplier": _COUNT,
-}
-CHECKPOINT_KEYS: Mapping[str, Rule] = {
-    "tag_validation": Rule(
-        "text", choices=("Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail")
-    ),
-    "load_universal": _off(
-        "a checkpoint of dsaux holds the AuxNet, which the universal format has no place for. Remove it."
-    ),
-    "use_node_local_storage": _FLAG,
-    "parallel_write": Rule("block", keys={"pipeline_stage": _FLAG}),
-    "checkpoint_serialization": _FLAG,
-    "writer": Rule("block", keys=CHECKPOINT_WRITER_KEYS, null=True),
-}
 THROUGHPUT_TIMER_KEYS: Mapping[str, Rule] = {"enabled": _FLAG, "synchronized": _FLAG}
 
 _NO_TENSOR_PARALLEL = "dsaux combines pipeline stages with data-parallel replicas only. Remove it."
@@ -224,7 +212,7 @@ TOP_LEVEL_KEYS: Mapping[str, Rule] = {
     "disable_allgather": _FLAG,
     "pipeline": Rule("block", keys=PIPELINE_KEYS),
     "activation_checkpointing": Rule("block", keys=ACTIVATION_CHECKPOINTING_KEYS),
-    "checkpoint": Rule("block", keys=CHECKPOINT_KEYS),
+    "checkpoint": _off(_OWN_CHECKPOINTS),
     "tensorboard": Rule("block", keys=TENSORBOARD_KEYS),
     "csv_monitor": Rule("block", keys=CSV_MONITOR_KEYS),
     "wandb": Rule("block", keys=WANDB_KEYS),
@@ -250,11 +238,8 @@ TOP_LEVEL_KEYS: Mapping[str, Rule] = {
     **_refused("hybrid_engine weight_quantization", _ONLY_TRAINING),
     **_refused("compile", "DeepSpeed's compiler rewrites one backward pass over the whole network. Remove it."),
     **_refused("aio", _OFFLOAD),
-    **_refused("datastates_ckpt", "its writer does not save the AuxNet. Remove it and use the checkpoint block."),
-    **_refused(
-        "nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention",
-        _GONE,
-    ),
-    **_refused("graph_harvesting curriculum_learning progressive_layer_drop", _GONE),
-    "elasticity": _off("DeepSpeed 0.19.8 removed elastic training. Remove it and set train_batch_size directly."),
+    **_refused("datastates_ckpt", _OWN_CHECKPOINTS),
+    **_gone("nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention"),
+    **_gone("graph_harvesting curriculum_learning progressive_layer_drop"),
+    **_gone("elasticity", "DeepSpeed 0.19.8 removed elastic training. Remove it and set train_batch_size directly."),
 }

@@ -12,8 +12,9 @@ from dsaux.config_rules import Rule
 
 _FLAG = Rule("flag")
 _FLAG_OR_NULL = Rule("flag", null=True)
-_POSITIVE = Rule("number", low=0, open_low=True)
-_NOT_NEGATIVE = Rule("number", low=0)
+_LARGEST = 3e38  # float32, in which the weights are stepped, ends there
+_POSITIVE = Rule("number", low=0, open_low=True, high=_LARGEST)
+_NOT_NEGATIVE = Rule("number", low=0, high=_LARGEST)
 _BELOW_ONE = Rule("number", low=0, high=1, open_high=True)
 
 # Optimizers of torch.optim and their parameters. Names as written there: DeepSpeed looks them up with
@@ -53,17 +54,6 @@ DEEPSPEED_OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
         "amsgrad",
     ),
     "Lion": ("lr", "betas", "weight_decay", "set_grad_none"),
-    "Muon": (
-        "lr",
-        "muon_lr",
-        "adam_lr",
-        "momentum",
-        "weight_decay",
-        "ns_method",
-        "betas",
-        "eps",
-        *_ADAM_SWITCHES,
-    ),
 }
 OPTIMIZER_SWITCHES: tuple[str, ...] = _ADAM_SWITCHES
 
@@ -71,18 +61,21 @@ _MUP = "it needs a model with mup base shapes, which dsaux models do not have. U
 REFUSED_OPTIMIZERS: Mapping[str, str] = {
     "LBFGS": "it calls the model again inside a step, which a pipeline schedule cannot do. Use SGD or AdamW.",
     "SparseAdam": "it takes sparse gradients only, and these networks have dense ones. Use Adam.",
+    "Muon": "DeepSpeed 0.19.8 cannot step the weight of a convolution with it, and every network here has some."
+    " Use SGD or AdamW.",
     "MuAdam": _MUP,
     "MuAdamW": _MUP,
     "MuSGD": _MUP,
 }
 
 # DeepSpeed takes these as tested with ZeRO; all others need zero_allow_untested_optimizer.
-ZERO_TESTED_OPTIMIZERS: tuple[str, ...] = ("Adam", "AdamW", "Adagrad", "Lion", "Muon")
+ZERO_TESTED_OPTIMIZERS: tuple[str, ...] = ("Adam", "AdamW", "Adagrad", "Lion")
+
+# DeepSpeed's CPU backend has no such operation.
+GPU_OPTIMIZERS: tuple[str, ...] = ("Lamb", "Lion")
 
 OPTIMIZER_PARAM_RULES: Mapping[str, Rule] = {
     "lr": _POSITIVE,
-    "muon_lr": _POSITIVE,
-    "adam_lr": _POSITIVE,
     "momentum": _BELOW_ONE,
     "dampening": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
@@ -95,13 +88,12 @@ OPTIMIZER_PARAM_RULES: Mapping[str, Rule] = {
     "lr_decay": _NOT_NEGATIVE,
     "initial_accumulator_value": _NOT_NEGATIVE,
     "momentum_decay": _NOT_NEGATIVE,
-    "beta2_decay": Rule("number", high=0),
-    "d": Rule("number", low=1),
-    "etas": Rule("pair", low=0, open_low=True),
-    "step_sizes": Rule("pair", low=0, open_low=True),
+    "beta2_decay": Rule("number", low=-_LARGEST, high=0),
+    "d": Rule("number", low=1, high=_LARGEST),
+    "etas": Rule("pair", low=0, open_low=True, high=_LARGEST),
+    "step_sizes": Rule("pair", low=0, open_low=True, high=_LARGEST),
     "max_coeff": _POSITIVE,
     "min_coeff": _POSITIVE,
-    "ns_method": Rule("text"),
     "amsgrad": _FLAG,
     "nesterov": _FLAG,
     "centered": _FLAG,
@@ -118,8 +110,9 @@ OPTIMIZER_PARAM_RULES: Mapping[str, Rule] = {
     "adam_w_mode": _FLAG,
     "fp32_optimizer_states": _FLAG_OR_NULL,
 }
-# Adafactor alone writes eps as a pair, whose first number may be null; torch checks it.
+# Adafactor alone writes eps as a pair, whose first number may be null; dsaux.config_deepspeed checks it.
 ADAFACTOR_EPS = Rule("any", text="a list [number or null, number]")
+ADAFACTOR_EPS_PAIR = (Rule("number", low=0, high=_LARGEST, null=True), _NOT_NEGATIVE)
 AMSGRAD_REFUSED = Rule("flag", refused="DeepSpeed's fused optimizers have no AMSGrad. Remove it.", unless=(False,))
 
 _STEPS = Rule("int", low=1)
@@ -135,7 +128,7 @@ _WARMUP_LR: Mapping[str, Rule] = {
 }
 
 SCHEDULERS: Mapping[str, Mapping[str, Rule]] = {
-    "WarmupLR": {**_WARMUP_LR, "warmup_max_lr": Rule("number", low=0, open_low=True, null=True)},
+    "WarmupLR": {**_WARMUP_LR, "warmup_max_lr": Rule("number", low=0, open_low=True, high=_LARGEST, null=True)},
     "WarmupDecayLR": {"total_num_steps": _TOTAL, **_WARMUP_LR},
     "WarmupCosineLR": {
         "total_num_steps": _TOTAL,
@@ -181,9 +174,11 @@ SCHEDULER_REQUIRED: Mapping[str, Mapping[str, str]] = {
         "cycle_max_lr": "Set it to the learning rate at the top of the cycle.",
     },
 }
+DEFAULT_WARMUP_STEPS = 1000
+LEAST_WARMUP_STEPS = 2
+"""DeepSpeed takes a warm-up of one step as one of two."""
 SCHEDULER_ORDER: tuple[tuple[str, str], ...] = (
     ("warmup_min_lr", "warmup_max_lr"),
-    ("warmup_num_steps", "total_num_steps"),
     ("cycle_min_lr", "cycle_max_lr"),
     ("cycle_min_mom", "cycle_max_mom"),
 )

@@ -183,7 +183,14 @@ def load_weights(layer: nn.Module, found: FoundCheckpoint, name: str) -> None:
     except RuntimeError as error:  # PyTorch's, with the names and shapes that do not fit
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{found.path / name} does not fit this network: {error}") from error
+        raise CheckpointError(
+            f"{found.path / name} does not fit this network: {one_line(error)}. Give another checkpoint."
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
 
 
 def _cpu_state(module: nn.Module) -> dict[str, Tensor]:

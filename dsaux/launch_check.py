@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dsaux.config_deepspeed import warmup_steps
 from dsaux.config_rules import ConfigError, join, nearest, show, suggestion
+from dsaux.ds_optim_keys import GPU_OPTIMIZERS
 
 if TYPE_CHECKING:  # dsaux.config imports this file
     from dsaux.config import Config
@@ -56,7 +58,9 @@ def check_launch(config: Config, *, world_size: int) -> Launch:
         ConfigError: for the first thing that does not fit.
     """
     from dsaux.data import check_dataset
+    from dsaux.size_check import check_sizes
 
+    check_sizes(config)
     check_partition(config)
     stages = config.dsaux.pipeline.stages
     if world_size < 1 or world_size % stages != 0:
@@ -81,6 +85,8 @@ def check_launch(config: Config, *, world_size: int) -> Launch:
     _check_warmup(config, train_batch_size=train)
     check_dataset(config.dsaux.data)
     _check_monitors(config.deepspeed)
+    _check_timers(config)
+    _check_gpu_optimizer(config.deepspeed["optimizer"]["type"])
     return Launch(
         world_size=world_size,
         stages=stages,
@@ -94,16 +100,16 @@ def check_launch(config: Config, *, world_size: int) -> Launch:
 def _check_warmup(config: Config, *, train_batch_size: int) -> None:
     """Refuses a warm-up that is longer than the run, where the schedule takes its length from the run."""
     params = config.deepspeed.get("scheduler", {}).get("params", {})
-    warmup = params.get("warmup_num_steps")
-    if params.get("total_num_steps") != "auto" or warmup is None:
+    if params.get("total_num_steps") != "auto":
         return
+    warmup, words = warmup_steps(params)
     run = config.dsaux.run
     epochs = run.epochs - (run.exact_epochs if run.exact_lr is not None else 0)
     steps = epochs * (config.dsaux.data.train_samples // train_batch_size)
     steps = steps if run.max_steps is None else min(steps, run.max_steps)
     if warmup > steps:
         raise ConfigError(
-            f'scheduler.params.warmup_num_steps is {warmup} but with total_num_steps "auto" the schedule has the'
+            f'scheduler.params.warmup_num_steps is {words} but with total_num_steps "auto" the schedule has the'
             f" run's {steps} steps. Set warmup_num_steps to {steps} or less, or train for more steps."
         )
 
@@ -132,6 +138,37 @@ def _check_monitors(document: dict[str, Any]) -> None:
                 " with"
                 f" pip install {package}, or set {join(monitor, 'enabled')} to false."
             )
+
+
+def _check_timers(config: Config) -> None:
+    """Refuses DeepSpeed's timers where DeepSpeed 0.19.8 starts one of them twice: in the backward pass of 1F1B.
+
+    With one stage there is no such pass, so they are let through there.
+    """
+    pipeline, run = config.dsaux.pipeline, config.dsaux.run
+    is_exact = pipeline.schedule == "1f1b" or run.exact_epochs > 0
+    if not config.deepspeed.get("wall_clock_breakdown", False) or not is_exact or pipeline.stages == 1:
+        return
+    key = "dsaux.pipeline.schedule" if pipeline.schedule == "1f1b" else "dsaux.run.exact_epochs"
+    given = pipeline.schedule if pipeline.schedule == "1f1b" else run.exact_epochs
+    raise ConfigError(
+        f"wall_clock_breakdown is true with {key} {show(given)}; a timer of DeepSpeed 0.19.8 stops a run by 1f1b over"
+        " several stages (bwd_microstep timer has already been started). Set wall_clock_breakdown to false, or"
+        f" change {key}."
+    )
+
+
+def _check_gpu_optimizer(name: str) -> None:
+    """Refuses an optimizer that DeepSpeed has for GPUs alone where there is none."""
+    if name.lower() not in {optimizer.lower() for optimizer in GPU_OPTIMIZERS}:
+        return
+    from deepspeed.accelerator import get_accelerator  # takes seconds, and these optimizers alone ask for it
+
+    if get_accelerator().device_name() == "cpu":
+        raise ConfigError(
+            f"optimizer.type is {show(name)}, which DeepSpeed has for GPUs alone, and this machine has none. Use SGD or"
+            " AdamW."
+        )
 
 
 def check_samples(config: Config, *, train_batch_size: int) -> None:

@@ -14,6 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PER_WEIGHT = (
+    "master",
+    "momentum_buffer",
+    "exp_avg",
+    "exp_avg_sq",
+    "exp_inf",
+    "max_exp_avg_sq",
+    "square_avg",
+    "acc_delta",
+    "grad_avg",
+    "sum",
+)
+"""States of PyTorch's optimizers that hold a number per weight; others may have shapes of their own."""
+
 ParameterState = dict[str, Any]
 """{"state": {key: tensor or number}} and, where the weights are not float32 themselves, "master": float32 weights."""
 
@@ -55,9 +69,15 @@ def load_parameter_states(
         optimizer: as there; it must not have stepped yet, or have stepped with the same kind of state.
         parameters: as there.
         states: one entry per parameter; None for a parameter whose state starts anew.
+
+    Raises:
+        ValueError: if an entry is no state of its parameter.
     """
     base = base_optimizer(optimizer)
     pairs = list(zip(parameters, states, strict=True))
+    for parameter, entry in pairs:
+        if entry is not None:
+            _check(parameter, entry)
     if not _is_wrapped(optimizer):
         for parameter, entry in pairs:
             if entry is not None and entry["state"]:
@@ -106,6 +126,14 @@ def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's."""
     inner: torch.optim.Optimizer = optimizer.optimizer if _is_wrapped(optimizer) else optimizer
     return inner
+
+
+def _check(parameter: Tensor, entry: ParameterState) -> None:
+    for key, value in {**entry["state"], "master": entry.get("master", parameter)}.items():
+        is_fitting = _is_slice(value, parameter) or (isinstance(value, Tensor) and value.numel() == parameter.numel())
+        if not isinstance(value, (Tensor, int, float)) or (key in _PER_WEIGHT and not is_fitting):
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{key} of {what} for a parameter of shape {tuple(parameter.shape)}")
 
 
 def _is_wrapped(optimizer: Any) -> bool:

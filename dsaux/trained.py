@@ -141,7 +141,9 @@ def load_layers(network: Network, found: FoundCheckpoint) -> None:
         try:
             network.get_submodule(name).load_state_dict(plain)
         except RuntimeError as error:  # PyTorch's, with the names and shapes that do not fit
-            raise CheckpointError(f"{found.path / file} does not fit layer {name}: {error}") from error
+            raise CheckpointError(
+                f"{found.path / file} does not fit layer {name}: {' '.join(str(error).split())}"
+            ) from error
 
 
 def recorded_evaluation(run_dir: Path, step: int) -> Figures | None:

@@ -41,8 +41,9 @@ def final(accuracy: float, *, seed: int = 0, method: str = "al", **changes: Any)
     return {**fields, "stages": 3, "boundary_mismatch": mismatch, "bounds": [0, 3, 6, 11], **changes}
 
 
-def run_row(suite: str, case: str, result: dict[str, Any]) -> dict[str, Any]:
-    return {"suite": suite, "case": case, "final": result, "environment": ENVIRONMENT}
+def run_row(suite: str, case: str, result: dict[str, Any], *changes: str) -> dict[str, Any]:
+    overrides = [f"dsaux.run.seed={result['seed']}", *changes]
+    return {"suite": suite, "case": case, "overrides": overrides, "final": result, "environment": ENVIRONMENT}
 
 
 def choice_row(group: str, value: Any, *, accuracy: float | None, seed: int = 0, digest: str = "d") -> dict[str, Any]:
@@ -173,15 +174,19 @@ def test_the_accuracy_table_compares_with_the_twin_of_its_suite(
         run_row(three, "k3", final(0.82, seed=1, boundary_adjoint=[1.7, 2.2])),
         run_row(three, "k3_1f1b", final(0.81, seed=0, method="1f1b")),
         run_row(three, "k3_1f1b", final(0.81, seed=1, method="1f1b")),
+        run_row(three, "k3", final(0.83, seed=0), "dsaux.aux.rho=0.1"),
         run_row(five, "k5", final(0.70, method="al+1f1b", exact_epochs=4)),
         run_row(report.SEEDS_SUITES[0], "quickstart", final(0.5)),
     ]
     monkeypatch.setattr(report, "SEEDS", write(tmp_path / "seeds.jsonl", rows))
     table = report.accuracy_table()
-    assert f"| {three} | `al` | `k3` | 0.810 (0.800 to 0.820) | 2 | +0.000 ± 0.010 | 20 | 0 | 0.020, 0.040 |" in table
+    assert (
+        f"| {three} | `al` | `k3` | - | 0.810 (0.800 to 0.820) | 2 | +0.000 ± 0.010 | 20 | 0 | 0.020, 0.040 |" in table
+    )
     assert "| 1.60, 2.10 |" in table
-    assert f"| {three} | `1f1b` | `k3_1f1b` | 0.810 (0.810 to 0.810) | 2 | - | 20 | 0 | - | - |" in table
-    assert f"| {five} | `al+1f1b` | `k5` | 0.700 (0.700 to 0.700) | 1 | - | 20 | 4 | 0.020, 0.040 | - |" in table
+    assert f"| {three} | `1f1b` | `k3_1f1b` | - | 0.810 (0.810 to 0.810) | 2 | - | 20 | 0 | - | - |" in table
+    assert f"| {five} | `al+1f1b` | `k5` | - | 0.700 (0.700 to 0.700) | 1 | - | 20 | 4 | 0.020, 0.040 | - |" in table
+    assert f"| {three} | `al` | `k3` | `aux.rho=0.1` | 0.830 (0.830 to 0.830) | 1 |" in table
     assert "quickstart" not in table
 
 

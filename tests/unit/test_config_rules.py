@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -138,6 +139,20 @@ def test_path_of_a_key() -> None:
     assert join("a.b", "c") == "a.b.c"
 
 
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [("", '""'), ("a ", '"a "'), ("a\nb", '"a\\nb"'), ("\x1b[2J", '"\\u001b[2J"'), ("Ω", "Ω"), ("k" * 80, "k" * 80)],
+)
+def test_odd_key_stands_in_quotes(key: str, shown: str) -> None:
+    assert join("a", key) == f"a.{shown}"
+
+
+def test_long_key_is_shortened() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_names("a", ["k" * 20_000], ["b"])
+    assert str(caught.value) == f'a."{"k" * 75} ... is not a known key of a. Allowed: b.'
+
+
 def test_long_value_is_shortened_in_an_error() -> None:
     assert show([1, "a", None]) == '[1, "a", null]'
     assert show("x" * 500).endswith(" ...")
@@ -147,8 +162,8 @@ def test_long_value_is_shortened_in_an_error() -> None:
 
 def test_plain_copy_is_deep_and_turns_tuples_into_lists() -> None:
     inner = {"a": (1, 2)}
-    copied = plain_copy({"b": inner, "c": [None, True, 1.5, "d"]}, "")
-    assert copied == {"b": {"a": [1, 2]}, "c": [None, True, 1.5, "d"]}
+    copied = plain_copy({"b": inner, "c": [None, True, 1.5, 2**63 - 1, "d"]}, "")
+    assert copied == {"b": {"a": [1, 2]}, "c": [None, True, 1.5, 2**63 - 1, "d"]}
     assert copied["b"] is not inner
 
 
@@ -157,11 +172,28 @@ def test_plain_copy_is_deep_and_turns_tuples_into_lists() -> None:
     [
         ({"a": {"b": NAN}}, "a.b is nan"),
         ({"a": [1, INFINITY]}, r"a\[1\] is inf"),
+        ({"a": -(10**400)}, r"a is -1000.* \.\.\., which 64 bits cannot hold"),
+        ({"a": 2**63}, "a is 9223372036854775808, which 64 bits cannot hold"),
         ({1: 2}, "keys must be strings"),
         ({"a": object()}, "a is a object"),
         ({"a": {1, 2}}, "a is a set"),
+        ({"a": ["\ud800"]}, r'a\[0\] holds "\\ud800", half of a pair of surrogates'),
+        ({"b\udfffc": 1}, r'"b\\udfffc" holds "\\udfff"'),
     ],
 )
 def test_what_json_cannot_hold_is_refused_with_its_path(value: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         plain_copy(value, "")
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: {"a": inner}], ids=["lists", "blocks"])
+def test_depth_of_a_document_has_an_end(wrap: Callable[[Any], Any]) -> None:
+    def nested(depth: int) -> Any:
+        value: Any = 1
+        for _ in range(depth):
+            value = wrap(value)
+        return value
+
+    assert plain_copy(nested(30), "top") == nested(30)
+    with pytest.raises(ConfigError, match="lies more than 32 blocks or lists deep"):
+        plain_copy(nested(500), "top")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +127,63 @@ def test_monitor_that_is_off_needs_no_package(monkeypatch: pytest.MonkeyPatch) -
     config = _config({"wandb": {"enabled": False}, "tensorboard": {}, "csv_monitor": {"enabled": True}})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_launch(config, world_size=2)
+
+
+# 2 epochs of 4 steps
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"warmup_num_steps": 9}, "warmup_num_steps is 9 but with"),
+        ({}, "warmup_num_steps is missing and 1000 by default but with"),
+    ],
+)
+def test_warmup_longer_than_the_run_is_refused(params: dict[str, Any], says: str) -> None:
+    check_launch(_config({"scheduler.params": {"total_num_steps": "auto", "warmup_num_steps": 8}}), world_size=2)
+    with pytest.raises(ConfigError, match=f"{says} .* the run's 8 steps"):
+        check_launch(_config({"scheduler.params": {"total_num_steps": "auto", **params}}), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        ({"dsaux.pipeline.schedule": "1f1b"}, 'with dsaux.pipeline.schedule "1f1b"'),
+        ({"dsaux.run.exact_epochs": 1}, "with dsaux.run.exact_epochs 1"),
+        ({"dsaux.pipeline.schedule": "al", "dsaux.run.exact_epochs": 1}, "or change dsaux.run.exact_epochs."),
+    ],
+)
+def test_timers_of_deepspeed_are_refused_where_they_stop_the_run(sets: dict[str, Any], says: str) -> None:
+    config = _config({"wall_clock_breakdown": True, **sets})
+    with pytest.raises(ConfigError) as caught:
+        check_launch(config, world_size=2)
+    assert str(caught.value).startswith("wall_clock_breakdown is true")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        {"dsaux.pipeline.schedule": "al"},
+        {"dsaux.pipeline.schedule": "1f1b", "wall_clock_breakdown": False},
+        {"dsaux.pipeline.schedule": "1f1b", "dsaux.pipeline.stages": 1},
+    ],
+)
+def test_timers_of_deepspeed_are_let_through_elsewhere(sets: dict[str, Any]) -> None:
+    check_launch(_config({"wall_clock_breakdown": True, **sets}), world_size=2)
+
+
+@pytest.mark.parametrize(("device", "fits"), [("cpu", False), ("cuda", True)])
+@pytest.mark.parametrize("name", ["Lamb", "lion"])
+def test_optimizer_for_gpus_alone_needs_one(
+    name: str, device: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(device_name=lambda: device)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: found)
+    config = _config({"optimizer": {"type": name, "params": {"lr": 0.1}}, "dsaux.aux.optimizer": {"type": "SGD"}})
+    if fits:
+        check_launch(config, world_size=2)
+    else:
+        with pytest.raises(ConfigError, match=f'optimizer.type is "{name}", which DeepSpeed has for GPUs alone'):
+            check_launch(config, world_size=2)
 
 
 # ---- cuts --------------------------------------------------------------------------------------------------
