@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from report import CHOICES, SEEDS, data_of, value_text
-from seeds import Row
+from seeds import Row, changes_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs/figures"
@@ -30,6 +30,7 @@ INK, QUIET, RULE, GRID = "#1f2328", "#57606a", "#d0d7de", "#e8eaed"
 BLUE, GREEN, ORANGE, PURPLE = "#2f6fb7", "#2b8a57", "#e8590c", "#8b1a6b"
 COLOURS = (BLUE, GREEN, ORANGE, PURPLE, QUIET)
 METHOD_COLOURS = {"al": BLUE, "1f1b": GREEN, "penalty": ORANGE, "al+1f1b": PURPLE}
+CurveKey = tuple[str, str, tuple[str, ...]]
 WIDTH_IN, PX_PER_IN = 9.375, 96
 """900 px; SVG counts 72 points to the inch, browsers 96 px."""
 STYLE = {
@@ -215,7 +216,7 @@ def accuracy_figure(rows: Sequence[Row], *, suites: Sequence[str]) -> Figure:
         figure.subplots_adjust(left=0.07, right=0.975, top=0.84, bottom=0.19, wspace=0.1)
         for axes, suite in zip(panels, suites, strict=True):
             curves = accuracy_curves(rows, suite=suite)
-            for (case, method), curve in curves.items():
+            for (case, method, changes), curve in curves.items():
                 colour, epochs = METHOD_COLOURS.get(method, QUIET), sorted(curve)
                 axes.fill_between(
                     epochs,
@@ -226,9 +227,9 @@ def accuracy_figure(rows: Sequence[Row], *, suites: Sequence[str]) -> Figure:
                     linewidth=0,
                 )
                 means = [statistics.mean(curve[epoch]) for epoch in epochs]
-                axes.plot(
-                    epochs, means, color=colour, linewidth=1.6, marker="o", markersize=3, label=f"{method} ({case})"
-                )
+                label = f"{method} ({', '.join([case, *changes])})"
+                line = {"linewidth": 1.6, "linestyle": "--" if changes else "-", "marker": "o", "markersize": 3}
+                axes.plot(epochs, means, color=colour, label=label, **line)
             axes.set_title(suite, loc="left")
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
@@ -239,16 +240,16 @@ def accuracy_figure(rows: Sequence[Row], *, suites: Sequence[str]) -> Figure:
     return figure
 
 
-def accuracy_curves(rows: Sequence[Row], *, suite: str) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """Accuracies of all seeds by (configuration, method) and epoch.
+def accuracy_curves(rows: Sequence[Row], *, suite: str) -> dict[CurveKey, dict[int, list[float]]]:
+    """Accuracies of all seeds by (configuration, method, changes in the configuration) and epoch.
 
     Raises:
         ValueError: if the suite has no line with evaluations.
     """
-    curves: dict[tuple[str, str], dict[int, list[float]]] = {}
+    curves: dict[CurveKey, dict[int, list[float]]] = {}
     for row in rows:
         if row["suite"] == suite and row.get("evals"):
-            curve = curves.setdefault((row["case"], row["final"]["method"]), {})
+            curve = curves.setdefault((row["case"], row["final"]["method"], tuple(changes_of(row))), {})
             for epoch, accuracy in row["evals"]:
                 curve.setdefault(epoch, []).append(accuracy)
     if not curves:

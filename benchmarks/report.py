@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import choices
-from seeds import Row, read_lines
+from seeds import Row, changes_of, read_lines
 
 from dsaux.config import markdown_table
 
@@ -105,12 +105,15 @@ def seeds_table() -> str:
         "| whole command, median | mismatch per boundary |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (suite, stages, method), members in groups.items():
+    for (suite, stages, method), members in sorted(groups.items(), key=lambda item: SEEDS_SUITES.index(item[0][0])):
         finals = [member["final"] for member in members]
         speed = [final["train_samples_per_s"] for final in finals]
         command_s = statistics.median(member["command_wall_s"] for member in members)
-        # More ranks than cores: times would say how the cores were shared, not how fast the schedule is.
-        has_cores = all(member["num_processes"] <= member["environment"]["cores"] for member in members)
+        # More ranks than cores, or other work beside: times would say how the cores were shared, not how fast it is.
+        has_cores = all(
+            member["num_processes"] <= member["environment"]["cores"] and not member.get("machine_was_busy", False)
+            for member in members
+        )
         cells = [
             suite,
             str(stages),
@@ -130,23 +133,25 @@ def accuracy_table() -> str:
     """One line for each suite and configuration, with the difference to the suite's 1f1b runs, seed by seed."""
     rows = suite_rows(ACCURACY_SUITES)
     lines = [
-        "| suite | method | configuration | test accuracy, mean (range) | n | difference to 1f1b ± its standard error "
-        "| epochs | of them exact | mismatch per boundary | adjoint/coupling per boundary |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| suite | method | configuration | changed in it | test accuracy, mean (range) | n "
+        "| difference to 1f1b ± its standard error | epochs | of them exact | mismatch per boundary "
+        "| adjoint/coupling per boundary |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for suite in ACCURACY_SUITES:
-        cases: dict[tuple[str, str], list[Row]] = {}
+        cases: dict[tuple[str, str, str], list[Row]] = {}
         for row in rows:
             if row["suite"] == suite:
-                cases.setdefault((row["final"]["method"], row["case"]), []).append(row["final"])
-        twins = [finals for (method, _), finals in cases.items() if method == "1f1b"]
+                cases.setdefault((row["final"]["method"], row["case"], listed_changes(row)), []).append(row["final"])
+        twins = [finals for (method, _, _), finals in cases.items() if method == "1f1b"]
         if len(twins) > 1:
             raise ValueError(f"suite {suite} has {len(twins)} configurations with method 1f1b; keep one as the twin.")
-        for (method, case), finals in cases.items():
+        for (method, case, changed), finals in cases.items():
             cells = [
                 suite,
                 f"`{method}`",
                 f"`{case}`",
+                changed,
                 mean_and_range([final["test_accuracy"] for final in finals]),
                 str(len(finals)),
                 paired_difference(finals, twins[0]) if twins and method != "1f1b" else "-",
@@ -157,6 +162,11 @@ def accuracy_table() -> str:
             ]
             lines.append(table_line(cells))
     return "\n".join([*lines, "", machine_line(rows)])
+
+
+def listed_changes(row: Row) -> str:
+    """What a run changed in its configuration, for a cell; "-" for nothing."""
+    return ", ".join(f"`{change}`" for change in changes_of(row)) or "-"
 
 
 def waits_table() -> str:

@@ -35,7 +35,7 @@ def main() -> int:
             if row["failed"]:
                 failed += 1
                 continue
-            append_line(arguments.out, row)
+            append_line(arguments.out, {**row, "machine_was_busy": arguments.busy})
             final = row["final"]
             print(
                 f"{row['case']}, seed {seed}: test accuracy {final['test_accuracy']:.4f}, "
@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="further overrides, as for train.py"
     )
+    parser.add_argument("--busy", action="store_true", help="other work runs beside: keep the times out of the tables")
     parser.add_argument("--suite", default="quickstart", help="name of the table that the lines belong to")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/seeds.jsonl", help="file to append to")
     return parser.parse_args()
@@ -107,6 +108,13 @@ def run(config: Path, *, num_processes: int, overrides: list[str], suite: str) -
             "final": None if failed else next(event for event in reversed(events) if event["event"] == "final"),
             "environment": {key: value for key, value in environment.items() if key not in ("command", "host")},
         }
+
+
+def changes_of(row: Row) -> list[str]:
+    """The keys that a run was given on its command line, KEY=VALUE, but seed and length, which the table has."""
+    changes = [change.removeprefix("dsaux.") for change in row["overrides"]]
+    shown_elsewhere = ("run.seed=", "run.epochs=", "run.exact_epochs=", "pipeline.schedule=")
+    return [change for change in changes if not change.startswith(shown_elsewhere)]
 
 
 def free_port() -> int:

@@ -101,6 +101,37 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any], what: str) -> None:
             assert np.array_equal(weight, other[part][key]), f"{what}: {key}"
 
 
+def test_a_run_goes_on_in_the_middle_of_its_exact_tail(tmp_path: Path) -> None:
+    case = Case((0, 2, 6), "al", steps=STEPS, changes=COSINE)
+    for straight, resumed in run_ranks(stop_in_the_exact_tail, 2, case, str(tmp_path)):
+        assert straight["losses"][-2:] == resumed.pop("losses")
+        assert straight.pop("rates")[-2:] == resumed.pop("rates")
+        assert_equal(straight, resumed, "exact tail")
+
+
+def stop_in_the_exact_tail(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Three steps of al, four exact ones, saved in the middle of them; and a new engine from there."""
+    stream = case.replica_batches(0)
+
+    def go_on(engine: Any, first: int, last: int) -> dict[str, Any]:
+        data, losses, rates = iter(stream[first:]), [], []
+        for step in range(first, last):
+            if step == 3:
+                engine.use_exact_schedule(lr=0.02, num_steps=4)
+            losses.append(float(engine.train_batch(data)))
+            rates.append(float(engine.get_lr()[0]))
+            if step == 4:
+                engine.save_checkpoint(folder)
+        engine.drain()
+        return {"losses": losses, "rates": rates, **weights(engine)}
+
+    straight = go_on(build(case), 0, case.steps)
+    engine = build(case)
+    engine.load_checkpoint(folder)
+    assert engine.schedule_name == "1f1b"
+    return straight, go_on(engine, 5, case.steps)
+
+
 # ---- another shape --------------------------------------------------------------------------------------------------
 
 RESHAPED = {
