@@ -192,7 +192,7 @@ def draw_group(above: Axes, below: Axes, *, group: str, points: Sequence[tuple[A
         axes.set_xlim(-0.45, len(points) - 0.55 + 0.2)
         axes.set_xticks(range(len(points)), [value_text(value) for value, _ in points])
     below.set_yscale("log")
-    below.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    below.yaxis.set_major_locator(mpl.ticker.LogLocator())
     below.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     below.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
