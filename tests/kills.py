@@ -123,13 +123,14 @@ def disturb(
     ranks = _start(config, undisturbed, plan, folder / "logs" / "undisturbed")
     if any(ranks.wait()):
         raise RuntimeError(f"the undisturbed run failed:\n{ranks.text()}")
+    last_step = find_checkpoint(undisturbed).step
     kills: list[Kill] = []
     ends: list[str] = []
     while len(kills) < count or not ends:
         run_dir = folder / f"run{len(ends)}"
         while True:
             ranks = _start(config, run_dir, plan, folder / "logs" / f"{len(kills)}-{len(ends)}-{time.monotonic_ns()}")
-            kill = _kill_once(ranks, run_dir, draw, kinds) if len(kills) < count else None
+            kill = _kill_once(ranks, run_dir, draw, kinds, last_step=last_step) if len(kills) < count else None
             if kill is None:
                 break
             kills.append(kill)
@@ -169,7 +170,9 @@ def _start(config: Path, run_dir: Path, plan: Plan, logs: Path) -> Ranks:
     return start_ranks(arguments, world_size=plan.world_size, folder=logs)
 
 
-def _kill_once(ranks: Ranks, run_dir: Path, draw: random.Random, kinds: tuple[str, ...]) -> Kill | None:
+def _kill_once(
+    ranks: Ranks, run_dir: Path, draw: random.Random, kinds: tuple[str, ...], *, last_step: int
+) -> Kill | None:
     """Kill one rank at a moment of its own; None if the run had ended before."""
     kind, rank = draw.choice(kinds), draw.randrange(len(ranks.processes))
     announced = _announced(run_dir)
@@ -193,7 +196,8 @@ def _kill_once(ranks: Ranks, run_dir: Path, draw: random.Random, kinds: tuple[st
         codes = ranks.wait(limit_s=ENDING_S)
     except AssertionError as error:
         codes, problem = [process.returncode for process in ranks.processes], str(error)
-    if not problem and any(code == 0 for code in codes):
+    # Rank 0 leaves last: killed behind the end of the run, it takes nobody along.
+    if not problem and 0 in codes and find_checkpoint(run_dir).step < last_step:
         problem = f"a rank ended with 0 although rank {rank} was killed"
     resumed = [event["step"] for event in events(run_dir, "resumed")]
     if (

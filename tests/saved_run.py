@@ -66,6 +66,17 @@ def write_run(run: Path, model: str, *events: dict[str, Any]) -> Path:
     return run
 
 
+def layout(num_layers: int, *, replicas: int = 1) -> dict[str, Any]:
+    """How a network lay on the ranks that saved it."""
+    return {
+        "schedule": "al",
+        "stages": 2,
+        "replicas": replicas,
+        "micro_batches": 1,
+        "bounds": [0, num_layers // 2, num_layers],
+    }
+
+
 def write_checkpoint(run: Path, layers: list[nn.Module], *, step: int, **content: Any) -> Path:
     """Save the layers as the engine does."""
     name = f"step_{step:08d}"
@@ -81,7 +92,7 @@ def write_checkpoint(run: Path, layers: list[nn.Module], *, step: int, **content
         "num_layers": len(layers),
         "is_drained": True,
         "is_evaluated": True,
-        "layout": {"stages": 2, "replicas": 1},
+        "layout": layout(len(layers)),
         **content,
     }
     return publish(folder, name, entries=entries, content=about, latest=True)

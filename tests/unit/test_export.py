@@ -24,7 +24,7 @@ from dsaux.model_file import FORMATS, read_model
 from dsaux.models import network as network_file
 from dsaux.models import resnet
 from dsaux.trained import recorded_evaluation
-from tests.saved_run import NUM_CLASSES, chain, random_layers, run_config, write_checkpoint, write_run
+from tests.saved_run import NUM_CLASSES, chain, layout, random_layers, run_config, write_checkpoint, write_run
 
 ENDINGS = {"torch": ".pt", "safetensors": ".safetensors", "onnx": ".onnx"}
 
@@ -219,8 +219,8 @@ def test_statistics_of_a_checkpoint_without_evaluation_are_estimated_anew(
     tmp_path: Path, capsys: Any, replicas: int
 ) -> None:
     run_dir, layers = write_run(tmp_path / "run", "resnet8"), random_layers("resnet8")
-    layout = {"stages": 2, "replicas": replicas}
-    write_checkpoint(run_dir, layers, step=12, is_evaluated=False, layout=layout)
+    dealt = layout(len(layers), replicas=replicas)
+    write_checkpoint(run_dir, layers, step=12, is_evaluated=False, layout=dealt)
     assert run(main, [str(run_dir), "--out", str(tmp_path / "model.pt")]) == 0
     shown = capsys.readouterr().out
     assert "no evaluation at this step is on record" in shown
