@@ -9,6 +9,7 @@ or does not work in a decoupled pipeline.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from dsaux.config_rules import Rule
 
@@ -17,26 +18,25 @@ _TEXT = Rule("text")
 _TEXT_OR_NULL = Rule("text", null=True)
 _COUNT = Rule("int", low=1)
 _BATCH = Rule("int", low=1, null=True)
-_SIZE = Rule("size", low=1)
+_SIZE = Rule("size", low=1, high=10**12)
 _DTYPE = Rule("text", choices=("fp32", "bf16"), null=True)
 _SENT_DTYPE = Rule("text", choices=("fp32", "bf16", "fp16"), null=True)
 
 
-def _off(why: str) -> Rule:
-    """A switch that must stay off; writing it down as off is fine."""
-    return Rule("any", refused=why, unless=(False, None, {}, {"enabled": False}))
+_BLOCK_OFF: tuple[dict[str, Any], ...] = ({}, {"enabled": False})
 
 
-def _gone(keys: str, why: str = "DeepSpeed 0.19.8 has this feature no more. Remove the key.") -> dict[str, Rule]:
-    """Keys that DeepSpeed refuses to see, even switched off."""
-    return {key: Rule("any", refused=why) for key in keys.split()}
+def _off(why: str, *, unless: tuple[Any, ...] = (False,)) -> Rule:
+    """A switch that must stay off; writing it down as off is fine, in the forms that DeepSpeed can read."""
+    return Rule("any", refused=why, unless=unless)
 
 
-def _refused(keys: str, why: str) -> dict[str, Rule]:
-    return {key: _off(why) for key in keys.split()}
+def _refused(keys: str, why: str, *, unless: tuple[Any, ...] = ()) -> dict[str, Rule]:
+    return {key: _off(why, unless=unless) for key in keys.split()}
 
 
 _STAGE_3 = "it belongs to ZeRO stage 3, and a pipeline runs with stage 0 or 1. Remove it."
+_GONE = "DeepSpeed 0.19.8 has this feature no more. Remove the key."
 _OFFLOAD = "dsaux keeps weights and optimizer states on the device that uses them. Remove it."
 
 _OWN_CHECKPOINTS = (
@@ -55,44 +55,33 @@ ZERO_KEYS: Mapping[str, Rule] = {
     "reduce_bucket_size": _SIZE,
     "use_multi_rank_bucket_allreduce": _FLAG,
     "allgather_partitions": _FLAG,
-    "allgather_bucket_size": Rule("size", low=0),
+    "allgather_bucket_size": Rule("size", low=0, high=10**12),
     "overlap_comm": Rule("flag", null=True),
     "compute_grad_norm": _FLAG,
-    "load_from_fp32_weights": Rule("any", refused=_OWN_CHECKPOINTS, unless=(True, False, None)),
+    "load_from_fp32_weights": Rule("any", refused=_OWN_CHECKPOINTS, unless=(True, False)),
     "elastic_checkpoint": _off(_OWN_CHECKPOINTS),
     "ignore_unused_parameters": _FLAG,
-    "legacy_stage1": _off("DeepSpeed 0.19.8 has this feature no more. Remove the key."),
+    "legacy_stage1": _off(_GONE),
     "round_robin_gradients": _FLAG,
     "parameter_alignment": _FLAG,
     "log_trace_cache_warnings": _FLAG,
     "enable_sanity_checks": _FLAG,
-    **_refused(
-        "offload_param offload_optimizer cpu_offload cpu_offload_param cpu_offload_use_pin_memory zenflow",
-        _OFFLOAD,
-    ),
-    **_refused(
-        "sub_group_size memory_efficient_linear pipeline_loading_checkpoint override_module_apply leaf_module",
-        _STAGE_3,
-    ),
-    **_refused("save_muon_momentum_buffer_in_memory zero_hpz_partition_size zero_quantized_weights", _STAGE_3),
-    **_refused("zero_quantized_nontrainable_weights zero_quantized_gradients", _STAGE_3),
-    **_refused(
-        "prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters",
-        _STAGE_3,
-    ),
-    **_refused("max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold", _STAGE_3),
-    **_refused("use_all_reduce_for_fetch_params allgather_sequential stage3_prefetch_bucket_size", _STAGE_3),
-    **_refused(
-        "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters",
-        _STAGE_3,
-    ),
-    **_refused(
-        "stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_allgather_sequential",
-        _STAGE_3,
-    ),
-    **_refused("stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params", _STAGE_3),
-    **_refused("stage3_gather_fp16_weights_on_model_save", _STAGE_3),
-    **_gone("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param"),
+    **_refused("offload_param offload_optimizer zenflow", _OFFLOAD, unless=(None,)),
+    **_refused("cpu_offload cpu_offload_param cpu_offload_use_pin_memory", _OFFLOAD, unless=(False, None)),
+    **_refused("memory_efficient_linear pipeline_loading_checkpoint override_module_apply", _STAGE_3, unless=(False,)),
+    **_refused("save_muon_momentum_buffer_in_memory allgather_sequential", _STAGE_3, unless=(False,)),
+    **_refused("zero_quantized_weights zero_quantized_nontrainable_weights", _STAGE_3, unless=(False,)),
+    **_refused("zero_quantized_gradients use_all_reduce_for_fetch_params", _STAGE_3, unless=(False,)),
+    **_refused("gather_16bit_weights_on_model_save stage3_allgather_sequential", _STAGE_3, unless=(False,)),
+    **_refused("stage3_gather_16bit_weights_on_model_save", _STAGE_3, unless=(False,)),
+    **_refused("stage3_gather_fp16_weights_on_model_save", _STAGE_3, unless=(False,)),
+    **_refused("stage3_use_all_reduce_for_fetch_params", _STAGE_3, unless=(False,)),
+    **_refused("sub_group_size leaf_module zero_hpz_partition_size prefetch_bucket_size", _STAGE_3),
+    **_refused("param_persistence_threshold model_persistence_threshold max_live_parameters", _STAGE_3),
+    **_refused("max_reuse_distance module_granularity_threshold stage3_prefetch_bucket_size", _STAGE_3),
+    **_refused("stage3_param_persistence_threshold stage3_model_persistence_threshold", _STAGE_3),
+    **_refused("stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold", _STAGE_3),
+    **_refused("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param", _GONE),
 }
 
 BF16_KEYS: Mapping[str, Rule] = {
@@ -113,7 +102,7 @@ FP16_KEYS: Mapping[str, Rule] = {
     "hysteresis": _COUNT,
     "consecutive_hysteresis": _FLAG,
     "min_loss_scale": _COUNT,
-    "fp16_master_weights_and_grads": _FLAG,
+    "fp16_master_weights_and_grads": _off(_NO_FP16),
 }
 
 # what the two blocks hold is checked in dsaux.config_deepspeed
@@ -212,7 +201,7 @@ TOP_LEVEL_KEYS: Mapping[str, Rule] = {
     "disable_allgather": _FLAG,
     "pipeline": Rule("block", keys=PIPELINE_KEYS),
     "activation_checkpointing": Rule("block", keys=ACTIVATION_CHECKPOINTING_KEYS),
-    "checkpoint": _off(_OWN_CHECKPOINTS),
+    "checkpoint": _off(_OWN_CHECKPOINTS, unless=_BLOCK_OFF),
     "tensorboard": Rule("block", keys=TENSORBOARD_KEYS),
     "csv_monitor": Rule("block", keys=CSV_MONITOR_KEYS),
     "wandb": Rule("block", keys=WANDB_KEYS),
@@ -228,18 +217,25 @@ TOP_LEVEL_KEYS: Mapping[str, Rule] = {
     "managed_gradient_accumulation": Rule(
         "flag", refused="the schedule decides where a step ends. Remove it or set it to true.", unless=(True,)
     ),
-    "torch_autocast": _off("autocast would cover DeepSpeed's forward, not the AuxNet and the local losses. Use bf16."),
-    **_refused("dataloader_drop_last data_efficiency", _OWN_DATA),
+    "torch_autocast": _off(
+        "autocast would cover DeepSpeed's forward, not the AuxNet and the local losses. Use bf16.", unless=_BLOCK_OFF
+    ),
+    "dataloader_drop_last": _off(_OWN_DATA),
+    "data_efficiency": _off(_OWN_DATA, unless=_BLOCK_OFF),
     **_refused("vocabulary_size", "it is for language models, and dsaux trains image classifiers. Remove it."),
-    **_refused("tensor_parallel sequence_parallel_size data_parallel_size", _NO_TENSOR_PARALLEL),
+    "tensor_parallel": _off(_NO_TENSOR_PARALLEL, unless=({},)),
+    **_refused("sequence_parallel_size data_parallel_size", _NO_TENSOR_PARALLEL),
     **_refused("seq_parallel_communication_data_type", _NO_TENSOR_PARALLEL),
-    **_refused("expert_parallel use_data_before_expert_parallelism", "dsaux has no expert layers. Remove it."),
-    **_refused("autotuning", "its trial runs know nothing of stages and AuxNet. Remove it."),
-    **_refused("hybrid_engine weight_quantization", _ONLY_TRAINING),
-    **_refused("compile", "DeepSpeed's compiler rewrites one backward pass over the whole network. Remove it."),
-    **_refused("aio", _OFFLOAD),
-    **_refused("datastates_ckpt", _OWN_CHECKPOINTS),
-    **_gone("nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention"),
-    **_gone("graph_harvesting curriculum_learning progressive_layer_drop"),
-    **_gone("elasticity", "DeepSpeed 0.19.8 removed elastic training. Remove it and set train_batch_size directly."),
+    "expert_parallel": _off("dsaux has no expert layers. Remove it.", unless=(*_BLOCK_OFF, False)),
+    "use_data_before_expert_parallelism": _off("dsaux has no expert layers. Remove it."),
+    "autotuning": _off("its trial runs know nothing of stages and AuxNet. Remove it.", unless=_BLOCK_OFF),
+    **_refused("hybrid_engine weight_quantization", _ONLY_TRAINING, unless=_BLOCK_OFF),
+    "compile": _off("DeepSpeed's compiler rewrites one backward pass over the whole network. Remove it.", unless=({},)),
+    "aio": _off(_OFFLOAD, unless=_BLOCK_OFF),
+    "datastates_ckpt": _off(_OWN_CHECKPOINTS, unless=_BLOCK_OFF),
+    **_refused("nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention", _GONE),
+    **_refused("graph_harvesting curriculum_learning progressive_layer_drop", _GONE),
+    "elasticity": _off(
+        "DeepSpeed 0.19.8 removed elastic training. Remove it and set train_batch_size directly.", unless=()
+    ),
 }

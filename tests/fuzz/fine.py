@@ -87,7 +87,7 @@ FINE: tuple[Sets, ...] = (
     {"dsaux.model.name": "resnet14"},
     *({"dsaux.pipeline.partition": cut} for cut in ("time", "uniform", "parameters", [])),
     {"dsaux.pipeline.schedule": "1f1b", **_NOT_EXACT},
-    {"dsaux.pipeline.schedule": "al", "dsaux.aux.overlap": True, "dsaux.aux.transport": "bf16"},
+    {"dsaux.pipeline.schedule": "al", "dsaux.aux.overlap": True, "dsaux.run.nan": "stop"},
     {"dsaux.aux.beta": 1e-12, "dsaux.aux.rho": 0, "dsaux.aux.gamma": 0, "dsaux.aux.width": 0.01},
     {"dsaux.aux.optimizer": {"type": "AdamW", "params": {"lr": 0.01}}, "dsaux.aux.segment": "full"},
     {"dsaux.pipeline.schedule": "penalty", **_exact()},
@@ -107,7 +107,10 @@ FINE: tuple[Sets, ...] = (
     {"memory_breakdown": True, "dump_state": True, "steps_per_print": 1},
     {"comms_logger": {"enabled": True, "prof_all": True}},
     {"prescale_gradients": True, "gradient_predivide_factor": 2.0, "communication_data_type": "fp32"},
-    {"checkpoint": {"tag_validation": "Fail"}, "disable_python_gc": True},
+    {"checkpoint": {}, "disable_python_gc": True},
+    {"dsaux.run.checkpoint_every": 1, "dsaux.run.keep": 1},
+    {"dsaux.run.checkpoint_every": 0},
+    {"dsaux.run.nan": "skip", "dsaux.aux.overlap": False},
     {"compile": {}, "tensor_parallel": {}, "autotuning": {"enabled": False}},
 )
 """What must train, in any combination; a later option sets all that would contradict an earlier one."""

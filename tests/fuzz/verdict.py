@@ -87,7 +87,8 @@ def _defects_of_a_trained_run(mutant: Mutant, outcome: Outcome) -> Iterator[str]
     if "Traceback" in output:
         yield "it trained with a traceback"
     kinds = [event["event"] for event in outcome.events]
-    losses = [event["loss"] for event in outcome.events if event["event"] in ("step", "eval")]
+    looked_at = ("eval",) if _look_up(effective, "dsaux.run.nan") == (True, "skip") else ("step", "eval")
+    losses = [event["loss"] for event in outcome.events if event["event"] in looked_at]
     if kinds[-1:] != ["final"] or "eval" not in kinds:
         yield f"its metrics.jsonl has the events {kinds}"
     if None in losses:

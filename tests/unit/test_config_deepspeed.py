@@ -60,7 +60,7 @@ FINE: list[dict[str, Any]] = [
     {"checkpoint": {}},
     {"timers": {"throughput": {"enabled": True, "synchronized": False}}},
     {"communication_data_type": "fp16", "prescale_gradients": True, "gradient_predivide_factor": 2.0},
-    {"autotuning": {"enabled": False}, "tensor_parallel": {}, "aio": None},
+    {"autotuning": {"enabled": False}, "tensor_parallel": {}, "aio": {}},
     {"scheduler": REMOVE},
 ]
 

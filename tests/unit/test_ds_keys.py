@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -24,10 +25,18 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
 from dsaux import ds_keys, ds_optim_keys
-from dsaux.config_rules import Rule
+from dsaux.config_deepspeed import check_deepspeed
+from dsaux.config_rules import ConfigError, Rule
 
 READ_BY_INITIALIZE = {"sequence_parallel_size", "data_parallel_size"}
 """Keys that `deepspeed.initialize` reads, not its configuration."""
+
+
+def _paths(keys: Mapping[str, Rule], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Rule]]:
+    for key, rule in keys.items():
+        yield (*above, key), rule
+        yield from _paths(rule.keys, (*above, key))
+
 
 MODELS: dict[str, type[DeepSpeedConfigModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -174,6 +183,32 @@ def test_default_clipping_is_deepspeeds() -> None:
     from dsaux import config_deepspeed
 
     assert ds_config.get_gradient_clipping({}) == config_deepspeed._DEFAULT_CLIPPING
+
+
+VALUES: tuple[Any, ...] = (
+    *(False, True, None, {}, {"enabled": False}, {"enabled": True}, [], ["a"], "", "auto"),
+    *(0, 1, -1, 2, 0.5, 1.0, 2.0, 5e8, 2**62, 1e300, -1e300, 1e-300),
+)
+PATHS = [path for path, rule in _paths(ds_keys.TOP_LEVEL_KEYS) if path[0] not in ("optimizer", "scheduler")]
+"""Of both blocks the parameters have tables of their own."""
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(path))
+def test_every_value_that_is_let_through_can_be_read_by_deepspeed(path: tuple[str, ...]) -> None:
+    rule = dict(_paths(ds_keys.TOP_LEVEL_KEYS))[path]
+    for value in (*VALUES, *rule.choices, *rule.also, *rule.unless):
+        document: dict[str, Any] = {"optimizer": {"type": "Adam", "params": {}}, "zero_optimization": {"stage": 1}}
+        if "batch" not in path[0] and path[0] != "gradient_accumulation_steps":
+            document["train_batch_size"] = 16
+        block = document
+        for key in path[:-1]:
+            block = block.setdefault(key, {})
+        block[path[-1]] = value
+        try:
+            check_deepspeed(document, stages="auto", partition="best")
+        except ConfigError:
+            continue
+        DeepSpeedConfig(copy.deepcopy(document))
 
 
 # ---- optimizers and schedules ------------------------------------------------------------------------------
