@@ -24,7 +24,12 @@ RESULTS = ROOT / "benchmarks/results"
 SEEDS, WAITS, CHOICES = (RESULTS / f"{name}.jsonl" for name in ("seeds", "waits", "choices"))
 
 SEEDS_SUITES = ("quickstart", "3 stages", "4 stages, uneven")
-ACCURACY_SUITES = ("resnet20, 3 stages", "resnet20, 3 stages, twice as long", "resnet32, 5 stages")
+ACCURACY_SUITES = (
+    "resnet20, 3 stages",
+    "resnet20, 3 stages, twice as long",
+    "resnet32, 5 stages",
+    "resnet32, 5 stages, twice as long",
+)
 """Which suites of seeds.jsonl belong to which table."""
 
 

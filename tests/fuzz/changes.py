@@ -95,9 +95,12 @@ def _deepspeed_key(chance: random.Random, document: Document, overrides: list[st
     return _set(document, path, _fitting(chance, rule))
 
 
+_OF_MANY_OPTIMIZERS = ("foreach", "maximize", "capturable", "differentiable", "fused")
+
+
 def _optimizer_parameter(chance: random.Random, document: Document, overrides: list[str]) -> str:
     name = chance.choice((*TORCH_OPTIMIZERS, *DEEPSPEED_OPTIMIZERS))
-    known = sorted({*TORCH_OPTIMIZERS.get(name, ()), *DEEPSPEED_OPTIMIZERS.get(name, ())})
+    known = sorted({*TORCH_OPTIMIZERS.get(name, ()), *DEEPSPEED_OPTIMIZERS.get(name, ()), *_OF_MANY_OPTIMIZERS})
     params = {key: _fitting(chance, OPTIMIZER_PARAM_RULES[key]) for key in chance.sample(known, min(3, len(known)))}
     return _set(document, chance.choice(("optimizer", "dsaux.aux.optimizer")), {"type": name, "params": params})
 
