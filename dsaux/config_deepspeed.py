@@ -193,6 +193,11 @@ def _check_optimizer_pairs(path: str, params: Mapping[str, Any]) -> None:
             f"{path}.etas is {show(etas)}; the first must be < 1 and the second > 1. Change it to [0.5, 1.2]."
         )
 
+    if params.get("fused") is True and params.get("foreach") is True:
+        raise ConfigError(
+            f"{path}.fused and {path}.foreach are both true; they are two ways to take a step. Set one of them to"
+            " false."
+        )
     betas = params.get("betas")
     if betas is not None and not all(isinstance(beta, float) for beta in betas):
         floats = show([float(beta) for beta in betas])

@@ -98,7 +98,7 @@ OPTIMIZER_PARAM_RULES: Mapping[str, Rule] = {
     "nesterov": _FLAG,
     "centered": _FLAG,
     "maximize": Rule("flag", refused="it climbs the loss instead of descending it. Remove it.", unless=(False,)),
-    "capturable": _FLAG,
+    "capturable": Rule("flag", refused="it is for CUDA graphs, and dsaux records none. Remove it.", unless=(False,)),
     "differentiable": Rule("flag", refused="nothing differentiates through a step here. Remove it.", unless=(False,)),
     "decoupled_weight_decay": _FLAG,
     "foreach": _FLAG_OR_NULL,

@@ -22,8 +22,10 @@ MENDS = re.compile(
     r"\b(Add|Allowed|Change|Did you mean|Give|Install|Keep|Lower|Mend|Put|Remove|Set|Shorten|Sort|Start|Swap|Take|Use"
     r"|Write)\b"
 )
-CLEAR_FAILURES = (re.compile(r"RuntimeError: the (test )?loss(, at stage \d+,)? is .* (in|after) step \d+\. Lower .*"),)
-"""Ends of a run that its values earn and no check can foresee."""
+CLEAR_FAILURE = re.compile(
+    r"(rank 0 \(.*\) failed: )?RuntimeError: the (test )?loss(, at stage \d+,)? is .* (in|after) step \d+\. Lower .*"
+)
+"""End of a run that its values earn and that no check can foresee."""
 TRUE_WARNINGS = (
     "No CUDA runtime is found",
     "before it has started",  # of DeepSpeed's schedules, in a run with its timers, which shows DeepSpeed's log
@@ -67,7 +69,7 @@ def _defects(mutant: Mutant, outcome: Outcome) -> Iterator[str]:
     elif outcome.code == 1:
         last = (outcome.stderr.strip().splitlines() or [""])[-1]
         found = ERROR.fullmatch(last)
-        if found is None or not any(clear.fullmatch(found[1]) for clear in CLEAR_FAILURES):
+        if found is None or not CLEAR_FAILURE.fullmatch(found[1]):
             yield "it failed without a clear error"
         if mutant.expects != EITHER:
             yield f"it should have been {mutant.expects}"

@@ -159,6 +159,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"type": "muon"}}, "the weight of a convolution"),
     ({"optimizer": {"type": "adamw", "params": {"amsgrad": True}}}, "no AMSGrad"),
     ({"optimizer.params.maximize": True}, "climbs the loss"),
+    ({"optimizer": {"type": "NAdam", "params": {"capturable": True}}}, "it is for CUDA graphs"),
+    ({"optimizer.params": {"lr": 0.1, "fused": True, "foreach": True}}, "are both true; they are two ways"),
+    ({"dsaux.aux.optimizer": {"type": "Adam", "params": {"capturable": True}}}, "params.capturable is true"),
     ({"optimizer.params.lr": 1e308}, "optimizer.params.lr is 1e+308; it must be a number > 0 and <= 3e+38"),
     (
         {"optimizer": {"type": "Adam", "params": {"foreach": True}}},
