@@ -5,11 +5,12 @@ process group starts.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import NoReturn
 
 from dsaux.checkpoint import find_checkpoint
-from dsaux.config import ConfigError, check_launch, load_config
+from dsaux.config import Config, ConfigError, check_launch, load_config
 from dsaux.config_rules import suggestion
 from dsaux.resume import LATEST, check_start, config_of, plan_start
 from dsaux.runtime import Place, run_and_exit, share_cores, start_process_group
@@ -50,11 +51,20 @@ def parse_arguments() -> argparse.Namespace:
         help="go on from the newest whole checkpoint of a run folder, or from one checkpoint; latest (or no value): of "
         "--run_dir or of the newest run of this name, from the beginning where there is none",
     )
+    parser.add_argument(
+        "--dry_run",
+        nargs="?",
+        const=0,
+        type=int,
+        metavar="PROCESSES",
+        help="build everything, print the partition, the AuxNet's share, step and memory predicted for that many "
+        "processes (default: those that were started; of a single one, one for each stage), and train nothing",
+    )
     parser.add_argument("--eval_only", action="store_true", help="evaluate the network saved in --run_dir")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     arguments, unknown = parser.parse_known_args()
     if unknown:
-        options = ["--ds_config", "--set", "--run_dir", "--resume", "--eval_only"]
+        options = ["--ds_config", "--set", "--run_dir", "--resume", "--dry_run", "--eval_only"]
         raise ConfigError(f"{unknown[0]} is not an option of train.py. {suggestion(unknown[0], options)}")
     if arguments.eval_only and arguments.run_dir is None:
         raise ConfigError("--eval_only needs --run_dir. Give the folder of a run that has saved a checkpoint.")
@@ -73,11 +83,36 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def show_dry_run(config: Config, place: Place, *, processes: int) -> None:
+    """Print what a run of this configuration would be; the work of rank 0.
+
+    Args:
+        config: the checked configuration.
+        place: this process among those that were started.
+        processes: of the run; 0 for those that were started, and one for each stage where that is a single one.
+    """
+    started = config.dsaux.pipeline.stages if place.world_size == 1 else place.world_size
+    launch = check_launch(config, world_size=processes or started, needs_data=False)
+    if place.rank != 0:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says so
+    from dsaux.dry_run import plan, show
+
+    share_cores(Place(0, 0, 1, min(launch.world_size, os.cpu_count() or 1), place.host))
+    show(plan(config, launch, device=torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
 def main() -> None:
     """One run, from the command line to the last line of its log."""
     arguments = parse_arguments()
     place = Place.from_environment()
     config = load_config(arguments.ds_config, overrides=arguments.set)
+    if arguments.dry_run is not None:
+        show_dry_run(config, place, processes=arguments.dry_run)
+        return
     launch = check_launch(config, world_size=place.world_size)
     start = plan_start(arguments.resume, run_dir=arguments.run_dir, name=config.dsaux.run.name)
 
@@ -100,7 +135,7 @@ def main() -> None:
 
         layers = network_layers(config, dataset)
         partition = agree_on_partition(config, launch, layers=layers, dataset=dataset, device=device, found=found)
-        steps_per_epoch = len(dataset.train_labels) // launch.train_batch_size
+        steps_per_epoch = dataset.num_train // launch.train_batch_size
         _, main_steps = planned_steps(config, steps_per_epoch)
         engine = build_engine(
             config, launch, layers=layers, dataset=dataset, partition=partition, main_steps=main_steps

@@ -30,7 +30,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     "rho": (0.1, 1, 10),
     "gamma": (0, 0.5, 1, 2),
     "depth": (1, 2),
-    "width": (0.5, 1, 2),
+    "width": (0.25, 0.5, 1, 2),
     "segment": ("light", "full"),
     "transport": ("full", "bf16"),
     "overlap": (False, True),

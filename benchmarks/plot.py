@@ -2,6 +2,7 @@
 
     python benchmarks/plot.py choices                                        docs/figures/choices.svg
     python benchmarks/plot.py accuracy --suite "resnet20, 3 stages"          docs/figures/accuracy.svg
+    python benchmarks/plot.py throughput (idle, network, race, gantt)        of the suites of benchmarks/run.py
 
 The same lines give the same bytes: no date, no random names, text as text.
 """
@@ -16,49 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import choices
+import duel_figures
 import matplotlib as mpl
 import matplotlib.ticker
+from canvas import BLUE, COLOURS, INK, METHOD_COLOURS, ORANGE, QUIET, STYLE, new_figure, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 from report import CHOICES, SEEDS, data_of, value_text
 from seeds import Row, changes_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs/figures"
-INK, QUIET, RULE, GRID = "#1f2328", "#57606a", "#d0d7de", "#e8eaed"
-BLUE, GREEN, ORANGE, PURPLE = "#2f6fb7", "#2b8a57", "#e8590c", "#8b1a6b"
-COLOURS = (BLUE, GREEN, ORANGE, PURPLE, QUIET)
-METHOD_COLOURS = {"al": BLUE, "1f1b": GREEN, "penalty": ORANGE, "al+1f1b": PURPLE}
 CurveKey = tuple[str, str, tuple[str, ...]]
-WIDTH_IN, PX_PER_IN = 9.375, 96
-"""900 px; SVG counts 72 points to the inch, browsers 96 px."""
-STYLE = {
-    "svg.hashsalt": "dsaux",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Segoe UI", "Helvetica", "Arial", "DejaVu Sans"],
-    "font.size": 9,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": QUIET,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlecolor": INK,
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "text.color": INK,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "legend.labelcolor": QUIET,
-}
 
 
 def main() -> int:
@@ -68,6 +38,8 @@ def main() -> int:
         if arguments.figure == "choices":
             rows = data_of(arguments.data or CHOICES, command="benchmarks/choices.py")
             figure = choices_figure(rows, case=arguments.case)
+        elif arguments.figure in duel_figures.FIGURES:
+            figure = duel_figures.FIGURES[arguments.figure]()
         else:
             rows = data_of(arguments.data or SEEDS, command="benchmarks/seeds.py")
             figure = accuracy_figure(rows, suites=arguments.suite)
@@ -81,7 +53,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=("choices", "accuracy"), help="what to draw")
+    parser.add_argument("figure", choices=("choices", "accuracy", *duel_figures.FIGURES), help="what to draw")
     parser.add_argument("--case", default="choices", help="choices: name of the configuration (choices)")
     parser.add_argument("--suite", action="append", default=[], help="accuracy: a suite of seeds.jsonl, a panel each")
     parser.add_argument("--data", type=Path, help="file of results, if not the usual one")
@@ -255,39 +227,6 @@ def accuracy_curves(rows: Sequence[Row], *, suite: str) -> dict[CurveKey, dict[i
     if not curves:
         raise ValueError(f"suite {suite!r} has no line with evaluations; measure it with benchmarks/seeds.py.")
     return curves
-
-
-# ---- parts ----------------------------------------------------------------------------------------------------------
-
-
-def new_figure(*, height_in: float, title: str) -> Figure:
-    """An empty figure with rounded corners on white, as docs/figures/schedules.svg has it."""
-    figure = Figure(figsize=(WIDTH_IN, height_in), facecolor="none")
-    edge = 0.5 / PX_PER_IN
-    card = FancyBboxPatch(
-        (edge, edge),
-        WIDTH_IN - 2 * edge,
-        height_in - 2 * edge,
-        boxstyle=f"round,pad=0,rounding_size={10 / PX_PER_IN}",
-        facecolor="#ffffff",
-        edgecolor=RULE,
-        linewidth=0.75,
-        transform=figure.dpi_scale_trans,
-        zorder=-10,
-    )
-    figure.add_artist(card)
-    figure.text(0.025, 1 - 0.3 / height_in, title, fontsize=13, fontweight="bold")
-    return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure; an SVG without date, the same bytes each time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
-        if path.suffix == ".svg":
-            figure.savefig(path, metadata={"Date": None, "Creator": "benchmarks/plot.py"})
-        else:
-            figure.savefig(path, dpi=PX_PER_IN)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/choosing.md from what was measured and from the configuration's description.
+"""Write the tables of README.md, docs/ and ds_configs/ from what was measured and from the configuration's description.
 
 python benchmarks/report.py            put the tables between their markers; say which ones lack markers or data
 python benchmarks/report.py --check    fail if a document says anything else, or a table lacks its markers or data
@@ -15,13 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import choices
+import device_tables
+import duel_tables
+from config_table import config_table
+from markdown import data_of, environment_line, listed, per_cents, table_line
 from seeds import Row, changes_of, read_lines
 
 from dsaux.config import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-SEEDS, WAITS, CHOICES = (RESULTS / f"{name}.jsonl" for name in ("seeds", "waits", "choices"))
+SEEDS, WAITS, CHOICES, INPUT, DECODE = (
+    RESULTS / f"{name}.jsonl" for name in ("seeds", "waits", "choices", "input", "decode")
+)
 
 SEEDS_SUITES = ("quickstart", "3 stages", "4 stages, uneven")
 ACCURACY_SUITES = (
@@ -29,7 +35,9 @@ ACCURACY_SUITES = (
     "resnet20, 3 stages, twice as long",
     "resnet32, 5 stages",
     "resnet32, 5 stages, twice as long",
+    "resnet110, 3 stages",
 )
+LOSS_SUITES = ("ViT, 3 stages", "GPT, 3 stages")
 """Which suites of seeds.jsonl belong to which table."""
 
 
@@ -169,6 +177,46 @@ def accuracy_table() -> str:
     return "\n".join([*lines, "", machine_line(rows)])
 
 
+def losses_table() -> str:
+    """One line for each suite and configuration: test loss, and by how much it is above the suite's 1f1b runs."""
+    rows = suite_rows(LOSS_SUITES)
+    lines = [
+        "| suite | method | configuration | changed in it | test loss, mean (range) | above 1f1b, seed by seed "
+        "| test top-1, mean (range) | n | steps | exact epochs | mismatch per boundary "
+        "| adjoint/coupling per boundary |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for suite in LOSS_SUITES:
+        cases: dict[tuple[str, str, str], list[Row]] = {}
+        for row in rows:
+            if row["suite"] == suite:
+                cases.setdefault((row["final"]["method"], row["case"], listed_changes(row)), []).append(row["final"])
+        twin = {
+            final["seed"]: final["test_loss"]
+            for (method, _, _), finals in cases.items()
+            for final in finals
+            if method == "1f1b"
+        }
+        for (method, case, changed), finals in cases.items():
+            above = [final["test_loss"] / twin[final["seed"]] - 1 for final in finals if final["seed"] in twin]
+            cells = [
+                suite,
+                f"`{method}`",
+                f"`{case}`",
+                changed,
+                mean_and_range([final["test_loss"] for final in finals]),
+                "-" if method == "1f1b" else ", ".join(f"{100 * share:+.1f} %" for share in above) or "-",
+                mean_and_range([final["test_accuracy"] for final in finals]),
+                str(len(finals)),
+                listed({final["steps"] for final in finals}),
+                listed({final["exact_epochs"] for final in finals}),
+                mean_mismatch(finals),
+                boundary_means(finals, "boundary_adjoint", digits=2),
+            ]
+            lines.append(table_line(cells))
+    return "\n".join([*lines, "", machine_line(rows)])
+
+
 def listed_changes(row: Row) -> str:
     """What a run changed in its configuration, for a cell; "-" for nothing."""
     return ", ".join(f"`{change}`" for change in changes_of(row)) or "-"
@@ -231,6 +279,48 @@ def choices_table() -> str:
     return "\n".join([*lines, "", machine_line([row for row in rows if not row["failed"]])])
 
 
+def input_table() -> str:
+    """One line for each data set and pipeline, the newest measurement of each."""
+    newest = {(row["dataset"], row["pipeline"]): row for row in data_of(INPUT, command="benchmarks/input.py")}
+    lines = [
+        "| data set | pipeline | samples/s, median (range) | batch | threads | blocks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (dataset, pipeline), row in sorted(newest.items()):
+        cells = [
+            f"`{dataset}`",
+            f"`{pipeline}`",
+            speed_text(row["samples_per_s"]),
+            str(row["batch_size"]),
+            str(row["threads"]),
+            f"{row['n']} of {row['batches']} batches",
+        ]
+        lines.append(table_line(cells))
+    return "\n".join([*lines, "", environment_line([row["environment"] for row in newest.values()])])
+
+
+def decode_table() -> str:
+    """One line for each kind of images and way to make a host's batches, the newest measurement of each."""
+    keys = ("ranks", "loader", "case", "decode")
+    newest = {tuple(row[key] for key in keys): row for row in data_of(DECODE, command="benchmarks/decode.py")}
+    lines = [
+        "| images | `dsaux.data.decode` | ranks | loader | samples/s, median (range) "
+        "| CPU s per 1,000 samples, all ranks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in newest.values():
+        cells = [
+            row["case"],
+            f"`{row['decode']}`",
+            str(row["ranks"]),
+            f"`{row['loader']}`",
+            speed_text(row["samples_per_s"]),
+            f"{row['cpu_s_per_1000']:.2f}",
+        ]
+        lines.append(table_line(cells))
+    return "\n".join([*lines, "", environment_line([row["environment"] for row in newest.values()])])
+
+
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,28 +331,16 @@ def suite_rows(suites: Sequence[str]) -> list[Row]:
         ValueError: if a suite has no line, or the file has a suite that belongs to no table.
     """
     rows = data_of(SEEDS, command="benchmarks/seeds.py")
-    strange = sorted({row["suite"] for row in rows} - {*SEEDS_SUITES, *ACCURACY_SUITES})
+    strange = sorted({row["suite"] for row in rows} - {*SEEDS_SUITES, *ACCURACY_SUITES, *LOSS_SUITES})
     if strange:
         raise ValueError(
-            f"{SEEDS.name} has the suite {strange[0]!r}, which belongs to no table; add it to SEEDS_SUITES or "
-            "ACCURACY_SUITES in benchmarks/report.py."
+            f"{SEEDS.name} has the suite {strange[0]!r}, which belongs to no table; add it to SEEDS_SUITES, "
+            "ACCURACY_SUITES or LOSS_SUITES in benchmarks/report.py."
         )
     absent = [suite for suite in suites if all(row["suite"] != suite for row in rows)]
     if absent:
         raise ValueError(f"{SEEDS.name} has no line of suite {absent[0]!r}; measure it with benchmarks/seeds.py.")
     return [row for row in rows if row["suite"] in suites]
-
-
-def data_of(path: Path, *, command: str) -> list[Row]:
-    """The lines of a file of results.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    rows = read_lines(path)
-    if not rows:
-        raise ValueError(f"{path.parent.name}/{path.name} is missing or empty; measure with {command}.")
-    return rows
 
 
 def paired_difference(finals: Iterable[Row], twins: Iterable[Row]) -> str:
@@ -307,33 +385,10 @@ def machine_line(rows: Sequence[Row]) -> str:
     return f"Seed{'s' if len(seeds) > 1 else ''} {listed(seeds)}; {line}" if rows else "No run has ended."
 
 
-def environment_line(environments: Sequence[Row]) -> str:
-    """Machine, versions and days of some measurements."""
-    machines = sorted({f"{env['cores']} cores of {env['cpu']}, {gpus_text(env['gpus'])}" for env in environments})
-    kinds = ("torch", "deepspeed", "dali")
-    versions = sorted({", ".join(f"{kind} {env['versions'][kind]}" for kind in kinds) for env in environments})
-    days = sorted({env["started_utc"][:10] for env in environments})
-    return f"{'; '.join(machines)}; {'; '.join(versions)}; measured {' and '.join(days)}."
-
-
-def gpus_text(gpus: Sequence[str]) -> str:
-    """GPUs in words."""
-    return f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU"
-
-
-def table_line(cells: Iterable[str]) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def listed(values: Iterable[int]) -> str:
-    """Different values in order."""
-    return ", ".join(map(str, sorted(set(values))))
-
-
-def per_cents(shares: Iterable[float]) -> str:
-    """Shares in per cent, without the sign."""
-    return ", ".join(f"{100 * share:.1f}" for share in shares)
+def speed_text(speeds: Sequence[float]) -> str:
+    """Median, least and greatest samples per second."""
+    middle, low, high = speeds
+    return f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
 def value_text(value: object) -> str:
@@ -349,6 +404,12 @@ TABLES: dict[str, TableOfDocument] = {
     "accuracy": TableOfDocument("README.md", accuracy_table),
     "waits": TableOfDocument("README.md", waits_table),
     "choices": TableOfDocument("docs/choosing.md", choices_table),
+    "tokens": TableOfDocument("docs/your_model.md", losses_table),
+    "input": TableOfDocument("docs/data.md", input_table),
+    "decode": TableOfDocument("docs/data.md", decode_table),
+    "configurations": TableOfDocument("ds_configs/README.md", lambda: config_table(read_lines(SEEDS))),
+    "device": TableOfDocument("docs/benchmarks.md", device_tables.device_table),
+    **{name: TableOfDocument("docs/benchmarks.md", make) for name, make in duel_tables.TABLES.items()},
 }
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from dsaux.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,9 +106,22 @@ def run(config: Path, *, num_processes: int, overrides: list[str], suite: str) -
             "exit_code": done.returncode,
             "error": last_error(done.stdout) if failed else None,
             "evals": [[event["epoch"], event["top1"]] for event in events if event["event"] == "eval"],
+            "eval_s": [round(seconds, 3) for seconds in training_seconds(events)],
             "final": None if failed else next(event for event in reversed(events) if event["event"] == "final"),
             "environment": {key: value for key, value in environment.items() if key not in ("command", "host")},
         }
+
+
+def training_seconds(events: list[Row]) -> list[float]:
+    """Seconds from the start of the training to each evaluation, without the evaluations themselves."""
+    seconds, started, spent = [], 0.0, 0.0
+    for event in events:
+        if event["event"] == "stages":
+            started = event["time_s"]
+        if event["event"] == "eval":
+            spent += event["seconds"]
+            seconds.append(event["time_s"] - started - spent)
+    return seconds
 
 
 def changes_of(row: Row) -> list[str]:
@@ -115,13 +129,6 @@ def changes_of(row: Row) -> list[str]:
     changes = [change.removeprefix("dsaux.") for change in row["overrides"]]
     shown_elsewhere = ("run.seed=", "run.epochs=", "run.exact_epochs=", "pipeline.schedule=")
     return [change for change in changes if not change.startswith(shown_elsewhere)]
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def last_error(output: str) -> str:

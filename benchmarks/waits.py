@@ -21,7 +21,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -36,10 +35,12 @@ import torch.distributed
 import torch.multiprocessing
 from rich.console import Console
 from rich.table import Table
-from seeds import append_line, free_port
-from torch import Tensor, nn
+from seeds import append_line
+from sleepers import Sleeper, SleepingLayer
+from torch import nn
 
 from dsaux.environment import describe_environment
+from dsaux.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -225,31 +226,6 @@ def _rounded(values: Sequence[float]) -> list[float]:
 # ---- stages that sleep ----------------------------------------------------------------------------------------------
 
 
-class Sleeper:
-    """Sleeps for a stage and counts the time slept.
-
-    Args:
-        forward_s: mean sleep in a forward pass.
-        backward_s: mean sleep in a backward pass.
-        jitter: share by which each varies.
-    """
-
-    def __init__(self, *, forward_s: float, backward_s: float, jitter: float) -> None:
-        self.means_s, self.jitter, self.slept_s = {"forward": forward_s, "backward": backward_s}, jitter, 0.0
-        self._draws = {kind: random.Random() for kind in self.means_s}
-
-    def seed(self, text: str) -> None:
-        """Start the draws anew; forward and backward draw apart, so that their order makes no difference."""
-        for kind, draw in self._draws.items():
-            draw.seed(f"{text}/{kind}")
-
-    def sleep(self, kind: str) -> None:
-        """Sleep for one "forward" or "backward" pass."""
-        started = time.perf_counter()
-        time.sleep(self.means_s[kind] * (1.0 + self._draws[kind].uniform(-self.jitter, self.jitter)))
-        self.slept_s += time.perf_counter() - started
-
-
 class AuxClock:
     """Counts the time of an engine's AuxNet: forward, backward, optimizer step, but not the wait for its sum.
 
@@ -271,39 +247,6 @@ class AuxClock:
     def _stop(self, name: str) -> None:
         if name in self.names:
             self.spent_s += time.perf_counter() - self._started
-
-
-class _Sleep(torch.autograd.Function):
-    """The identity; sleeps forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sleeper: Sleeper) -> Tensor:
-        ctx.sleeper = sleeper
-        sleeper.sleep("forward")
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.sleeper.sleep("backward")
-        return gradient, None
-
-
-class SleepingStage(nn.Module):
-    """One stage: a tiny layer with weights, behind it the sleep.
-
-    Args:
-        body: the layer.
-        sleeper: sleeps for it.
-    """
-
-    def __init__(self, body: nn.Module, sleeper: Sleeper) -> None:
-        super().__init__()
-        self.body, self.sleeper = body, sleeper
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the layer makes, after the sleep."""
-        out: Tensor = _Sleep.apply(self.body(x), self.sleeper)
-        return out
 
 
 def _bodies(stages: int) -> list[nn.Module]:
@@ -341,7 +284,7 @@ def _rank_main(rank: int, plan: Plan, port: int, path: Path) -> None:
 
     torch.set_num_threads(1)
     start_process_group(timeout_s=TIMEOUT_S)
-    part = 1000.0 * plan.micro_batches
+    part = 1000.0 * plan.micro_batches * SAMPLES  # a sleeper sleeps by the sample
     sleeper = Sleeper(forward_s=plan.forward_ms / part, backward_s=plan.backward_ms / part, jitter=plan.jitter)
     blocks: dict[str, list[list[Window]]] = {name: [] for name in plan.schedules}
     with contextlib.redirect_stdout(io.StringIO()):  # libraries that print
@@ -381,7 +324,7 @@ def build_engine(plan: Plan, name: str, *, sleeper: Sleeper) -> tuple[Any, AuxCl
     shapes = [IMAGE_SHAPE, *[(CHANNELS, *IMAGE_SHAPE[1:])] * (plan.stages - 1)]
     torch.manual_seed(plan.seed)
     module = AuxPipelineModule(
-        [SleepingStage(body, sleeper) for body in _bodies(plan.stages)],
+        [SleepingLayer(body, sleeper) for body in _bodies(plan.stages)],
         num_stages=plan.stages,
         bounds=range(plan.stages + 1),
         loss_fn=cross_entropy,
@@ -411,6 +354,7 @@ def measure_block(engine: Any, clock: AuxClock, *, plan: Plan, sleeper: Sleeper)
     for _ in range(plan.warmup + engine.wavefront.lag * (plan.stages - 1)):
         engine.train_batch(data)
     engine.wait_meter.take_s()
+    sleeper.intervals.clear()  # nobody asks for them here
     torch.distributed.barrier()
     started, slept_s, aux_s = time.perf_counter(), sleeper.slept_s, clock.spent_s
     for _ in range(plan.steps):

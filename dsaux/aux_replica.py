@@ -12,7 +12,8 @@ There are two such messages: one is filled while the other is under way, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class TickReport:
 
     Attributes:
         tick: which batches the stages treated.
-        loss: loss of the last stage, mean over the global batch; scalar, 0 where no batch entered.
+        loss: loss of the last stage, mean over the global batch; scalar, 0 where that stage had no batch.
         mismatch: relative mismatch per boundary, mean over micro-batches and replicas; shape (K-1,).
         adjoint: norm of the adjoint over that of the coupling force per boundary, mean likewise; shape (K-1,).
         digests: batch digest per global rank, 0 where none was contributed; shape (world size,).
@@ -50,7 +51,7 @@ class TickReport:
     has_boundary: Tensor
 
 
-class _Message:
+class Message:
     """One buffer and the parts of it, which are views: writing to a part writes to the message."""
 
     def __init__(
@@ -68,14 +69,36 @@ class _Message:
         parts = torch.split(self.data, lengths)
         self.gradients, self.variances, self.mismatches, self.adjoints, self.loss, self.digests, self.flags = parts
         views = zip(torch.split(self.gradients, sizes), parameters, strict=True) if parameters else ()
-        self.views = [part.view_as(parameter) for part, parameter in views]
+        self.views = [_view_like(part, parameter) for part, parameter in views]
+
+    def in_order(self) -> Tensor:
+        """The message with the gradients in the order of their indices, whatever the parameters' memory format."""
+        return torch.cat([*(view.reshape(-1) for view in self.views), self.data[self.gradients.numel() :]])
+
+    def load(self, data: Tensor) -> None:
+        """Take what :meth:`in_order` gave."""
+        self.data.copy_(data)
+        parts = torch.split(data[: self.gradients.numel()], [view.numel() for view in self.views])
+        for view, part in zip(self.views, parts if self.views else (), strict=True):
+            view.copy_(part.view(view.shape))
+
+
+def _view_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """A part of a message as a gradient: autograd adds in place only into one of the parameter's own strides."""
+    if parameter.is_contiguous():
+        return part.view_as(parameter)
+    return part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
 
 
 class AuxReplica:
     """The AuxNet of this rank, its optimizer and learning-rate schedule, and the one message of a tick.
 
+    Attributes:
+        run: the AuxNet's forward pass, as it is called; compiled where the run asks for it.
+
     Args:
-        net: the AuxNet, already on its device; None when there is no boundary (K = 1).
+        net: the AuxNet, already on its device; None where there is none (K = 1, or a schedule without one): the message
+            then has the other figures alone.
         num_boundaries: K - 1.
         num_replicas: number of data-parallel replicas R.
         rank: global rank.
@@ -106,6 +129,7 @@ class AuxReplica:
         meter: WaitMeter,
     ) -> None:
         self.net = net
+        self.run: Callable[..., list[Tensor]] | None = net
         self.num_replicas, self.rank, self.world_size = num_replicas, rank, world_size
         self.group, self.clip_norm, self.meter = group, clip_norm, meter
         self.parameters: list[Tensor] = [] if net is None else [p for p in net.parameters() if p.requires_grad]
@@ -114,9 +138,8 @@ class AuxReplica:
         self.variance = torch.full((num_boundaries,), float("nan"), device=device, dtype=dtype)
         """Running variance of each boundary's auxiliary variable; NaN until the first step has ended."""
 
-        self._filled, self._summed = (
-            _Message(self.parameters, num_boundaries, world_size, device=device, dtype=dtype) for _ in range(2)
-        )
+        self._num_boundaries = num_boundaries
+        self._filled, self._summed = self.new_message(), self.new_message()
         self._work: Any = None
         self._tick = Tick(())
         self._share_gradients(self._filled)
@@ -126,6 +149,26 @@ class AuxReplica:
         """Clear the message for a new tick."""
         self._filled.data.zero_()
         self._share_gradients(self._filled)
+
+    def new_message(self) -> Message:
+        """An empty message of this replica's own form."""
+        device, dtype = self.variance.device, self.variance.dtype
+        return Message(self.parameters, self._num_boundaries, self.world_size, device=device, dtype=dtype)
+
+    @contextlib.contextmanager
+    def filling(self, message: Message) -> Iterator[None]:
+        """Within the block everything that is added goes into `message`, AuxNet gradients included."""
+        own, self._filled = self._filled, message
+        self._share_gradients(message)
+        try:
+            yield
+        finally:
+            self._filled = own
+            self._share_gradients(own)
+
+    def take(self, message: Message) -> None:
+        """Let a message that was filled elsewhere be the one of this tick, to which nothing was added yet."""
+        self._filled.data.copy_(message.data)
 
     def add_boundary(
         self, boundary: int, *, variance: Tensor, mismatch: Tensor, adjoint: Tensor | float, weight: float
@@ -180,7 +223,8 @@ class AuxReplica:
         if self.net is not None:
             updated = updated_variance(self.variance, message.variances)
             is_fresh = has_boundary & (flags[1:].sum() == 0) if keep_variance else has_boundary
-            self.variance = torch.where(is_fresh, updated, self.variance)
+            # In place: a captured tick reads it where it was at its capture.
+            self.variance.copy_(torch.where(is_fresh, updated, self.variance))
         return TickReport(
             tick=self._tick,
             loss=message.loss[0].clone(),
@@ -208,17 +252,21 @@ class AuxReplica:
             self._share_gradients(self._summed)
             self.optimizer.step()
             self._share_gradients(self._filled)
-        if self.scheduler is not None and self._tick.has_new_batch:
+        if self.scheduler is not None and self._tick.has_loss:
             self.scheduler.step()
+
+    def settle(self) -> None:
+        """Wait for the sum under way; :meth:`finish_sum` finds it there."""
+        if self._work is not None:
+            self.meter.wait(self._work)
+            self._work = None
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state by parameter, schedule, running variances, and the sum that the next step takes.
 
         The weights are saved beside it. A sum under way is waited for.
         """
-        if self._work is not None:
-            self.meter.wait(self._work)
-            self._work = None
+        self.settle()
         names = [] if self.net is None else [name for name, p in self.net.named_parameters() if p.requires_grad]
         states = [] if self.optimizer is None else parameter_states(self.optimizer, self.parameters)
         return {
@@ -226,7 +274,7 @@ class AuxReplica:
             "groups": [] if self.optimizer is None else group_settings(self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "variance": self.variance.detach().cpu().clone(),
-            "sum": self._summed.data.detach().cpu().clone(),
+            "sum": self._summed.in_order().detach().cpu(),
             "sum_steps": list(self._tick.steps),
         }
 
@@ -248,7 +296,7 @@ class AuxReplica:
             if old is not None:
                 self.variance[new] = state["variance"][old]
         if state["sum"].shape == self._summed.data.shape:
-            self._summed.data.copy_(state["sum"])
+            self._summed.load(state["sum"].to(self._summed.data))
             self._tick = Tick(tuple(state["sum_steps"]))
 
     def _restore_optimizer(self, state: Mapping[str, Any], renamed: Mapping[str, str]) -> None:
@@ -263,7 +311,7 @@ class AuxReplica:
         names = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
         load_parameter_states(self.optimizer, self.parameters, [saved.get(name) for name in names])
 
-    def _share_gradients(self, message: _Message) -> None:
+    def _share_gradients(self, message: Message) -> None:
         # Autograd adds into `.grad` in place, that is straight into the message: no copy before or after the sum.
         for parameter, view in zip(self.parameters, message.views, strict=True):
             parameter.grad = view

@@ -11,11 +11,14 @@ from typing import Any
 
 import deepspeed
 import torch.distributed
+from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 
-from dsaux.config import Config, ConfigError, aux_optimizer, config_from_dict, load_config
+from dsaux.config import Config, ConfigError, aux_optimizer, config_from_dict, has_aux_net, load_config
 from dsaux.engine import AuxPipelineEngine
+from dsaux.graph_capture import leave_default_stream
 from dsaux.module import AuxPipelineModule
+from dsaux.optim import stage_optimizer
 
 MINIMUM_DEEPSPEED = "0.19.8"
 _SWAP_LOCK = threading.Lock()
@@ -44,6 +47,8 @@ def initialize(
         config: DeepSpeed JSON file or dict with its `dsaux` block.
         kwargs: further arguments of `deepspeed.initialize`.
 
+    With `dsaux.run.cuda_graphs` on a GPU this thread goes on, for good, on a CUDA stream that is not the default one.
+
     Returns:
         (engine, optimizer, training dataloader, learning-rate schedule).
 
@@ -64,6 +69,10 @@ def initialize(
         raise ConfigError(
             'scheduler.params.total_num_steps is "auto", which train.py alone can fill in; give the number of steps.'
         )
+    if settings.dsaux.run.cuda_graphs and get_accelerator().device_name() == "cuda":
+        leave_default_stream(torch.device("cuda", torch.cuda.current_device()))
+    document = settings.to_dict()
+    document["optimizer"] = stage_optimizer(document["optimizer"], device_type=get_accelerator().device_name())
     # deepspeed.initialize chooses the engine by a module-level name: lend it ours for the length of the call.
     with _SWAP_LOCK:
         original = deepspeed.PipelineEngine
@@ -78,7 +87,7 @@ def initialize(
                 model_parameters=model_parameters,
                 training_data=training_data,
                 lr_scheduler=lr_scheduler,
-                config=settings.to_dict(),
+                config=document,
                 **kwargs,
             )
         finally:
@@ -86,7 +95,7 @@ def initialize(
     set_group_timeouts(timedelta(seconds=settings.dsaux.run.timeout_s))
     block = settings.deepspeed.get("activation_checkpointing")
     if block:
-        _configure_checkpointing(result[0], block)
+        _configure_checkpointing(block)
     return result  # type: ignore[no-any-return]
 
 
@@ -99,14 +108,14 @@ def set_group_timeouts(timeout: timedelta) -> None:
 
 
 def _aux_optimizer(settings: Config) -> tuple[str, dict[str, Any]] | None:
-    pipeline = settings.dsaux.pipeline
-    return None if pipeline.schedule == "1f1b" or pipeline.stages == 1 else aux_optimizer(settings)
+    return aux_optimizer(settings) if has_aux_net(settings.dsaux) else None
 
 
-def _configure_checkpointing(engine: AuxPipelineEngine, block: Mapping[str, Any]) -> None:
-    # DeepSpeed's engine reads the block but leaves this call to the user's script.
+def _configure_checkpointing(block: Mapping[str, Any]) -> None:
+    # DeepSpeed's engine reads the block but leaves this call to the user's script. Of the pipeline's grid it would ask
+    # for a method that the grid lacks (get_tensor_model_parallel_group); a stage has no tensor-parallel ranks.
     deepspeed.checkpointing.configure(
-        engine.mpu,
+        None,
         partition_activations=block.get("partition_activations"),
         contiguous_checkpointing=block.get("contiguous_memory_optimization"),
         num_checkpoints=block.get("number_checkpoints"),

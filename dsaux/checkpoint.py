@@ -12,6 +12,7 @@
             layer_00-optim_states.pt    its optimizer state and float32 master weights, whatever ZeRO and replicas
             aux_net-model_states.pt     the AuxNet
             aux_net-optim_states.pt     its optimizer, schedule and running variances
+            head_05-model_states.pt     under `local` the head at the cut before layer 5; its -optim_states beside it
             stage_00-states.pt          schedule and counts of a stage, the caller's own state
             rank_000-states.pt          random states of a rank, its batches under way
 

@@ -21,6 +21,7 @@ from dsaux.config_deepspeed import check_deepspeed, check_optimizer, torch_optim
 from dsaux.config_rules import ConfigError, Rule, check_names, check_value, join, plain_copy, show
 from dsaux.ds_keys import TOP_LEVEL_KEYS
 from dsaux.launch_check import Launch, check_launch, check_partition_form, resolved_deepspeed
+from dsaux.models.reference import is_reference
 
 __all__ = [
     "AuxConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "aux_optimizer",
     "check_launch",
     "config_from_dict",
+    "default_value",
     "load_config",
     "markdown_table",
     "resolved_deepspeed",
@@ -70,7 +72,23 @@ class ModelConfig:
     """Block "dsaux.model": the network that is trained."""
 
     name: str = _key(
-        "resnet20", Rule("text"), "CIFAR ResNet of depth 6n+2: resnet8, resnet14, resnet20, ... resnet1202."
+        "resnet20",
+        Rule("text"),
+        "The network: a ResNet for CIFAR (resnet20, resnet110 ...), a WideResNet (wrn28_10 ...), one of torchvision's"
+        " (resnet18, resnet50 ...), all listed above; or one of your own, path/to/file.py:function or"
+        " package.module:function.",
+    )
+    zero_init: bool = _flag(
+        False, "Start the last BatchNorm of each residual branch with weight 0 (not for wrn, which has none there)."
+    )
+    dropout: float = _key(
+        0.0,
+        Rule("number", low=0, high=1, open_high=True),
+        "wrn only: share of the activations between a block's convolutions that are set to 0 in training; every rank"
+        " draws its own.",
+    )
+    args: Mapping[str, Any] | None = _key(
+        None, Rule("block", null=True), "Arguments of the function that makes a network of your own, by name."
     )
 
 
@@ -78,14 +96,55 @@ class ModelConfig:
 class DataConfig:
     """Block "dsaux.data": the images and who loads them."""
 
-    name: str = _choice("photos", ("photos", "synthetic"), "Data set; neither needs a download.")
-    root: str | None = _key(None, Rule("text", null=True), "Folder of the data; photos and synthetic do not use it.")
+    name: str = _choice(
+        "photos",
+        ("photos", "synthetic", "cifar10", "cifar100", "imagenet", "folder", "text"),
+        "Data set; see Data sets above.",
+    )
+    root: str | None = _key(
+        None,
+        Rule("text", null=True),
+        "Folder of the data; null is `data` for cifar10 and cifar100, `data/imagenet` for imagenet.",
+    )
+    download: bool = _flag(True, "Fetch cifar10 or cifar100 into root where their files are missing.")
+    verify: bool = _flag(
+        True, "Take the official files of cifar10 and cifar100 alone; false for own ones in the same format."
+    )
     loader: str = _choice("dali", ("dali", "torch"), "Who augments and batches: NVIDIA DALI or PyTorch's DataLoader.")
     workers: int = _int(0, 0, "Worker processes of the torch loader; 0 loads in the training process.")
-    augment: bool = _flag(True, "Random crops (reflect padding of 4) and horizontal flips of training images.")
-    train_samples: int = _int(6000, 1, "Training images to make.")
-    test_samples: int = _int(1800, 1, "Test images to make.")
-    image_size: int = _int(32, 8, "Side of the images in pixels.")
+    decode: str = _choice(
+        "every_rank",
+        ("every_rank", "once_per_node"),
+        "Who makes a batch: every rank for itself, or one rank of a replica on each host for the others there, through"
+        " shared memory.",
+    )
+    augment: bool = _flag(
+        True,
+        "Random crops (reflect padding of 4; imagenet and folder: random-resized crops) and horizontal flips of"
+        " training images; random starts of text.",
+    )
+    cutout: int = _int(
+        0, 0, "Side in pixels of the square, somewhere in a training image, that is greyed out (Cutout); 0 for none."
+    )
+    rand_augment: int = _int(
+        0,
+        0,
+        "Strength of two random changes of each training image in colour or place (as in RandAugment); 0 for none.",
+        high=10,
+    )
+    color: float = _key(
+        0.0,
+        Rule("number", low=0, high=10),
+        "imagenet, folder: colour jitter s; brightness, contrast and saturation are multiplied by 1 - s .. 1 + s.",
+    )
+    train_samples: int | None = _int(
+        None, 1, "Training images, or blocks of text; null makes 6,000, or takes all that there are."
+    )
+    test_samples: int | None = _int(
+        None, 1, "Test images, or blocks of text; null makes 1,800, or takes all that there are."
+    )
+    image_size: int | None = _int(None, 8, "Side of the images in pixels; null is 32, for imagenet and folder 224.")
+    context: int = _int(64, 2, "text: characters in a sample.")
     guard_every: int = _int(
         100, 0, "Steps between checks that all stages see the same batch; 0 checks the first step only."
     )
@@ -105,9 +164,14 @@ class PipelineConfig:
     )
     schedule: str = _choice(
         "penalty",
-        ("penalty", "al", "1f1b"),
-        "Decoupled training by the penalty or the augmented Lagrangian method, or DeepSpeed's own exact"
-        " back-propagation.",
+        ("penalty", "al", "local", "1f1b"),
+        "Decoupled training by the penalty or the augmented Lagrangian method, by greedy local losses behind small"
+        " heads (a peer to compare with), or DeepSpeed's own exact back-propagation.",
+    )
+    placement: str = _choice(
+        "stages_near",
+        ("stages_near", "replicas_near"),
+        "What lies on neighbouring ranks, that is on one host: the stages of a replica, or the replicas of a stage.",
     )
 
 
@@ -122,12 +186,19 @@ class AuxConfig:
     gamma: float = _number(1.0, "Weight of the task gradient in the AuxNet.", positive=False)
     depth: int = _int(1, 1, "Residual blocks in each segment of the AuxNet.")
     width: float = _number(1.0, "Channels inside a segment, as a multiple of its boundary's channels.", positive=True)
-    segment: str = _choice(
-        "light", ("light", "full"), "Segments work at half the boundary's resolution, or at all of it."
+    segment: str = _key(
+        "light",
+        Rule("text", choices=("light", "full", "bottleneck"), or_function=True),
+        "Segments work at half the boundary's resolution, at all of it, or at half with a quarter of the channels (for"
+        " boundaries of many); for tokens, with a quarter of the boundary's width inside, or all of it (full). Or"
+        " segments of your own, file.py:function.",
     )
     scaled: bool = _flag(True, "Divide the coupling by the running variance of each boundary.")
     transport: str = _choice(
-        "full", ("full", "bf16"), "al: precision of the refreshed variables on their way to the stage before."
+        "full",
+        ("full", "bf16"),
+        "al: precision of the refreshed variables on their way to the stage before; local: of a stage's outputs on"
+        " their way to the next.",
     )
     overlap: bool = _flag(
         False, "al: let the sum of the AuxNet's gradients run under the next tick; the AuxNet steps one tick late."
@@ -152,6 +223,11 @@ class RunConfig:
         None, "Learning rate of the exact epochs; null keeps the schedule's.", positive=True
     )
     seed: int = _int(0, 0, "Seed of weights, order of the images and augmentation.", high=2**32 - 1)
+    label_smoothing: float = _key(
+        0.0,
+        Rule("number", low=0, high=1, open_high=True),
+        "Share of the label's weight that goes to all classes alike, in the training loss only.",
+    )
     eval_every: int = _int(1, 0, "Epochs between evaluations; 0 evaluates at the end only.")
     log_every: int = _int(20, 1, "Steps between lines of the log.")
     bn_batches: int = _int(16, 1, "Batches that re-estimate BatchNorm's statistics before an evaluation.")
@@ -160,10 +236,31 @@ class RunConfig:
         None, 0, "Steps between checkpoints; null saves once an epoch, 0 at the end only. The end is saved always."
     )
     keep: int = _int(2, 1, "Newest checkpoints to keep.")
+    channels_last: bool = _flag(
+        False,
+        "Keep 4-dimensional weights and activations with the channels last in memory, which convolutions on a GPU are"
+        " faster with, in bf16 above all.",
+    )
+    compile: bool = _flag(
+        False,
+        "Training passes of stages and AuxNet through `torch.compile`; where that is not possible they run as they are,"
+        " and the log says why.",
+    )
+    profile_steps: int = _int(
+        0,
+        0,
+        "Steps behind a warm-up of 10 that every rank times, and as many that it traces, into the run folder's"
+        " `profile/`; `python -m dsaux.profile` shows them. 0 for none.",
+    )
     nan: str = _choice(
         "stop",
         ("stop", "skip"),
         "On a loss or gradient that is no finite number: stop the run, or leave the batch out on all ranks.",
+    )
+    cuda_graphs: bool = _flag(
+        False,
+        "Replay all but the communication of a tick as CUDA graphs, on GPUs: a small network is bound by Python"
+        " and launches.",
     )
     timeout_s: int = _int(
         600,
@@ -200,8 +297,49 @@ class Config:
         return {**copy.deepcopy(self.deepspeed), "dsaux": _to_plain(self.dsaux)}
 
     def settings_without_effect(self) -> list[str]:
-        """Returns a sentence for each dsaux key that was changed but that this schedule does not use."""
+        """Returns a sentence for each dsaux key that was changed but that this run does not use, or not fully."""
+        return [*self._aux_without_effect(), *self._run_without_effect()]
+
+    def _run_without_effect(self) -> list[str]:
+        return [*self._compile_without_effect(), *self._channels_last_without_effect()]
+
+    def _compile_without_effect(self) -> list[str]:
+        every = (self.deepspeed.get("pipeline") or {}).get("activation_checkpoint_interval")
+        if not (self.dsaux.run.compile and every):
+            return []
+        return [
+            f"dsaux.run.compile is true, which has no effect on the stages with pipeline.activation_checkpoint_interval"
+            f" {show(every)}: DeepSpeed's checkpoints stand between the layers. Only the AuxNet is compiled."
+        ]
+
+    def _channels_last_without_effect(self) -> list[str]:
+        if not self.dsaux.run.channels_last:
+            return []
+        if self.dsaux.data.name == "text":
+            return [
+                "dsaux.run.channels_last is true, which has no effect on text: it is about images (4 dimensions). Leave"
+                " the key out."
+            ]
+        if self._has_flat_weights():
+            return [
+                "dsaux.run.channels_last is true, which with bf16 or ZeRO turns the stages' activations but not their"
+                " weights: DeepSpeed keeps those in one flat tensor, and each convolution turns its own anew."
+            ]
+        return []
+
+    def _has_flat_weights(self) -> bool:
+        blocks = {key: self.deepspeed.get(key) or {} for key in ("bf16", "zero_optimization")}
+        return bool(blocks["bf16"].get("enabled") or blocks["zero_optimization"].get("stage"))
+
+    def _aux_without_effect(self) -> list[str]:
         schedule, aux = self.dsaux.pipeline.schedule, self.dsaux.aux
+        if schedule == "local":
+            return [
+                f"dsaux.aux.{key} is {show(_to_plain(getattr(aux, key)))}, which has no effect with schedule local: it"
+                " has no AuxNet, and its heads belong to the stages. Leave the key out."
+                for key in (key.name for key in fields(AuxConfig) if key.name != "transport")
+                if getattr(aux, key) != getattr(AuxConfig(), key)
+            ]
         if schedule in ("al", "1f1b"):  # a twin under 1f1b has the whole block of the run that it is compared with
             return []
         changed = {"overlap": aux.overlap, "transport": aux.transport != "full"}
@@ -217,6 +355,11 @@ class Config:
         pipeline = replace(self.dsaux.pipeline, schedule="1f1b")
         run = replace(self.dsaux.run, exact_epochs=0, exact_lr=None)
         return replace(self, dsaux=replace(self.dsaux, pipeline=pipeline, run=run))
+
+
+def has_aux_net(dsaux: DsauxConfig) -> bool:
+    """Whether a run trains an AuxNet."""
+    return dsaux.pipeline.schedule not in ("local", "1f1b") and dsaux.pipeline.stages > 1
 
 
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
@@ -379,10 +522,16 @@ def _to_plain(value: Any) -> Any:
 def _check_together(config: Config) -> None:
     """Checks that look at more than one key."""
     _check_run(config.dsaux)
+    model = config.dsaux.model
+    if model.args is not None and not is_reference(model.name):
+        raise ConfigError(
+            f"dsaux.model.args is {show(model.args)} but dsaux.model.name is {show(model.name)}, which takes none; they"
+            " are for a network of your own (path/to/file.py:function). Remove dsaux.model.args."
+        )
     check_partition_form(config.dsaux.pipeline.partition)
     if config.dsaux.aux.optimizer is not None:
         check_optimizer("dsaux.aux.optimizer", config.dsaux.aux.optimizer, torch_only=True)
-    if config.dsaux.pipeline.schedule != "1f1b" and config.dsaux.pipeline.stages > 1:
+    if has_aux_net(config.dsaux):
         aux_optimizer(config)
 
 
@@ -427,6 +576,12 @@ def _all_keys() -> Iterator[tuple[str, Field[Any]]]:
     for block in fields(DsauxConfig):
         for member in fields(_BLOCKS[block.name]):
             yield f"dsaux.{block.name}.{member.name}", member
+
+
+def default_value(path: str) -> Any:
+    """The default of a key such as "dsaux.aux.beta"; None for one that has none, or that is no key of dsaux."""
+    found = next((member.default for name, member in _all_keys() if name == path), MISSING)
+    return None if found is MISSING else found
 
 
 def markdown_table() -> str:

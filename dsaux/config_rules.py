@@ -38,6 +38,7 @@ class Rule:
         choices: the only values allowed, if any are listed.
         also: strings allowed besides what `kind` says, such as "auto".
         null: null is allowed.
+        or_function: a string with a colon is allowed besides, a user's own file.py:function.
         keys: rules of the keys inside a block.
         refused: reason and mend; set for a key that is known but cannot be used. Every value but those in
             `unless` is refused.
@@ -53,6 +54,7 @@ class Rule:
     choices: tuple[Any, ...] = ()
     also: tuple[str, ...] = ()
     null: bool = False
+    or_function: bool = False
     keys: Mapping[str, Rule] = field(default_factory=dict)
     refused: str = ""
     unless: tuple[Any, ...] = ()
@@ -67,6 +69,7 @@ class Rule:
         else:
             words = _KIND_WORDS[self.kind] + self._range_words()
         words += "".join(f" or {show(word)}" for word in self.also)
+        words += " or a function of yours, file.py:function" if self.or_function else ""
         return words + (" or null" if self.null else "")
 
     def _range_words(self) -> str:
@@ -88,6 +91,8 @@ class Rule:
         if value is None:
             return self.null or self.kind == "any"
         if isinstance(value, str) and value in self.also:
+            return True
+        if self.or_function and isinstance(value, str) and ":" in value:
             return True
         if self.choices:
             # type and value: true is not 1, and 1.0 is not 1 where a whole number is asked for

@@ -28,6 +28,7 @@ from dsaux.display_text import (
     evaluation_line,
     figure,
     layer_range,
+    loss_figure,
     memory,
     mismatch_figure,
     plain_table,
@@ -215,7 +216,7 @@ class RunDisplay:
     def _values(self) -> Table:
         step, evaluation = self._step, self._evaluation
         values = {
-            "loss": figure(step.loss) if step else "-",
+            "loss": loss_figure(step.loss) if step else "-",
             "train accuracy": share(step.train_accuracy) if step else "-",
             "test accuracy": f"{evaluation.top1:.3f} (epoch {evaluation.epoch})" if evaluation else "-",
             "samples/s": throughput(step.samples_per_s) if step else "-",

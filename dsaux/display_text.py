@@ -12,7 +12,7 @@ from rich.text import Text
 
 from dsaux.metrics import MISMATCH_LIMIT, EvalStats, FinalStats, StageRow, StepStats
 
-EXACT = "1f1b"
+EXACT, GREEDY = "1f1b", "local"
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,12 @@ def memory(size_bytes: int) -> str:
 def step_line(stats: StepStats, left_s: float | None) -> str:
     """One log line, with the largest mismatch of all boundaries; the columns keep their places over a run."""
     worst = max(stats.boundary_mismatch, key=_nan_last, default=None)
-    match = f"exact ({EXACT})" if stats.phase == EXACT else f"mismatch {share(worst):>5}"
+    phases = {EXACT: f"exact ({EXACT})", GREEDY: "local losses"}
+    match = phases.get(stats.phase, f"mismatch {share(worst):>5}")
     epochs, steps = len(str(stats.epochs)), len(str(stats.total_steps))
     return (
         f"epoch {stats.epoch:>{epochs}}/{stats.epochs}  step {stats.step:>{steps}}/{stats.total_steps}"
-        f"  loss {figure(stats.loss):>5}  train {share(stats.train_accuracy):>5}  {match:<14}"
+        f"  loss {loss_figure(stats.loss):>5}  train {share(stats.train_accuracy):>5}  {match:<14}"
         f"  {throughput(stats.samples_per_s):>5} samples/s  {time_left(left_s)}"
     )
 
@@ -70,7 +71,7 @@ def evaluation_line(stats: EvalStats, *, epochs: int | None) -> str:
     epoch = f"epoch {stats.epoch:>{max(1, len(length) - 1)}}{length}  " if stats.step else ""
     return (
         f"{epoch}test  top-1 {stats.top1:.3f}  top-5 {stats.top5:.3f}  loss {figure(stats.loss)}"
-        f"  {stats.samples:,} images in {stats.seconds:.1f} s  ({stats.method})"
+        f"  {stats.samples:,} {stats.unit} in {stats.seconds:.1f} s  ({stats.method})"
     )
 
 
@@ -117,7 +118,7 @@ def summary(stats: FinalStats, path: str) -> list[tuple[str, str]]:
         ("trained", f"{count(stats.epochs, 'epoch')}{exact}, {count(stats.steps, 'step')}"),
         (
             "test accuracy",
-            f"{stats.test_accuracy:.3f} top-1, {stats.test_top5:.3f} top-5 ({stats.test_samples:,} images)",
+            f"{stats.test_accuracy:.3f} top-1, {stats.test_top5:.3f} top-5 ({stats.test_samples:,} {stats.unit})",
         ),
         ("test loss", figure(stats.test_loss)),
         (
@@ -175,6 +176,11 @@ def figure(value: float) -> str:
 def share(value: float | None) -> str:
     """A figure that may be missing."""
     return "-" if value is None else figure(value)
+
+
+def loss_figure(value: float) -> str:
+    """A loss; a dash where none is known yet, as before the first batch of a wavefront has come to the last stage."""
+    return share(None if math.isnan(value) else value)
 
 
 def mismatch_figure(value: float) -> str:

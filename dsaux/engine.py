@@ -1,12 +1,13 @@
 """The engine: DeepSpeed's `PipelineEngine` with schedules for layer-parallel training.
 
 `dsaux.initialize` makes it; the trainer calls `train_batch`, `drain` and `forward_chain`. A local schedule (`penalty`,
-`al`) runs on DeepSpeed's own `_exec_schedule`, with the instructions of `dsaux.local_step`; `1f1b` is DeepSpeed's own
-`TrainSchedule` on the same module, data and optimizer.
+`al`, `local`) runs on DeepSpeed's own `_exec_schedule`, with the instructions of `dsaux.local_step` and
+`dsaux.greedy_step`; `1f1b` is DeepSpeed's own `TrainSchedule` on the same module, data and optimizer.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,23 +23,29 @@ from torch import Tensor
 from dsaux import engine_state
 from dsaux.aux_replica import AuxReplica
 from dsaux.checkpoint import CheckpointError, FoundCheckpoint
+from dsaux.compiled import CompiledCall
 from dsaux.config import DsauxConfig
 from dsaux.data.guard import BatchGuard
 from dsaux.engine_state import find_together, write_together
-from dsaux.local_step import NO_DATA, LocalStepEngine
+from dsaux.greedy_step import GreedyStepEngine
+from dsaux.local_step import NO_DATA, WAVEFRONTS
 from dsaux.module import AuxPipelineModule
 from dsaux.optim import CosineTail, make_aux_optimizer
 from dsaux.schedules import instructions
 from dsaux.schedules.lagrangian import LagrangianSchedule
+from dsaux.schedules.local import LAG as LOCAL_LAG
+from dsaux.schedules.local import LocalSchedule
 from dsaux.schedules.penalty import PenaltySchedule
+from dsaux.stage_graph import StageGraphs, graphs_of
 from dsaux.transfers import VariableReceiver, VariableSender, boundary_groups
 from dsaux.wavefront import Tick, Wavefront
 
-_LAGS = {"penalty": 0, "al": 1, "1f1b": 0}
-"""Ticks between a stage and the one before it."""
+_LAGS = {"penalty": 0, "al": 1, "local": LOCAL_LAG, "1f1b": 0}
+"""Ticks from a stage to the one before it."""
+_WITHOUT_AUX_NET = ("local", "1f1b")
 
 
-class AuxPipelineEngine(LocalStepEngine):
+class AuxPipelineEngine(GreedyStepEngine):
     """Trains an :class:`~dsaux.AuxPipelineModule`, each stage on its own local loss.
 
     Made by :func:`dsaux.initialize`, never directly. `train_batch`, `eval_batch`, `save_checkpoint` and
@@ -47,8 +54,12 @@ class AuxPipelineEngine(LocalStepEngine):
 
     Under `al` the stages work on different batches at a time: a call of `train_batch` treats its batch on the last
     stage and the batches of the K-1 calls before on the other ones, each stage reading its iterator when its turn
-    comes. The engine catches up (:meth:`drain`) before an evaluation, a checkpoint or a change of schedule; a script
-    that looks at weights after its last call does so itself.
+    comes. Under `local` it is the first stage that is ahead, and the last one is K-1 batches behind it. The engine
+    catches up (:meth:`drain`) before an evaluation, a checkpoint or a change of schedule; a script that looks at
+    weights after its last call does so itself.
+
+    Attributes:
+        stage_graphs: runs the ticks as CUDA graphs; None where `dsaux.run.cuda_graphs` is off.
 
     Args:
         settings: the checked `dsaux` block of the configuration.
@@ -67,10 +78,16 @@ class AuxPipelineEngine(LocalStepEngine):
         self._aux_optimizer = aux_optimizer
         self.restored_notes: list[str] = []
         self.schedule_name = settings.pipeline.schedule
-        if self.schedule_name != "1f1b" and self.num_stages > 1 and self.module.aux_net is None:
+        has_boundaries = self.num_stages > 1
+        if self.schedule_name not in _WITHOUT_AUX_NET and has_boundaries and self.module.aux_net is None:
             raise ValueError(
                 f"schedule {self.schedule_name} with {self.num_stages} stages needs an AuxNet; give AuxPipelineModule "
                 "an aux_net (dsaux.models.auxnet.build_aux_net), or set dsaux.pipeline.schedule to 1f1b."
+            )
+        if self.schedule_name == "local" and has_boundaries and not self.module.has_local_heads:
+            raise ValueError(
+                f"schedule local with {self.num_stages} stages needs local heads; give AuxPipelineModule local_heads "
+                "(dsaux.models.local_heads.build_local_heads), or set dsaux.pipeline.schedule to 1f1b."
             )
         if self.bfloat16_enabled():
             self.module.keep_batchnorm_in_float32()
@@ -78,28 +95,33 @@ class AuxPipelineEngine(LocalStepEngine):
         if not self.is_data_parallel and self.optimizer is self.basic_optimizer:
             # One replica and no wrapped optimizer: there is nothing to reduce, and flattening would only cost time.
             self.pipeline_enable_backward_allreduce = False
+        if settings.run.channels_last:
+            # Of a wrapped optimizer's flat tensor the weights are views, and must stay so.
+            self.module.use_channels_last(weights=self.optimizer is self.basic_optimizer)
         self.aux = self._make_aux_replica()
+        if settings.run.compile:
+            self.module.compile_training()
+            if self.aux.net is not None:
+                self.aux.run = CompiledCall(self.aux.net, name="the AuxNet", buffers=self.aux.net.buffers())
         self.wavefront = Wavefront(self.num_stages, self.stage_id, lag=_LAGS[self.schedule_name])
-        self._boundary_groups = boundary_groups(self.grid.pipe_groups) if self.schedule_name == "al" else {}
+        self._boundary_groups = boundary_groups(self.grid.pipe_groups) if self.schedule_name in WAVEFRONTS else {}
         self._open_boundaries()
+        self.stage_graphs: StageGraphs | None = graphs_of(self)
 
     # ---- schedules ------------------------------------------------------------------------------------------------
 
     def _train_schedule(self) -> PipeSchedule:
         shape = (self.micro_batches, self.num_stages, self.stage_id)
-        if self.schedule_name == "penalty":
-            return PenaltySchedule(*shape)
-        return self._lagrangian_schedule(num_batches=None) if self.schedule_name == "al" else TrainSchedule(*shape)
+        if self.schedule_name in WAVEFRONTS:
+            return self._wavefront_schedule(num_batches=None)
+        return PenaltySchedule(*shape) if self.schedule_name == "penalty" else TrainSchedule(*shape)
 
-    def _lagrangian_schedule(self, *, num_batches: int | None) -> PipeSchedule:
-        return LagrangianSchedule(
-            self.micro_batches,
-            self.num_stages,
-            self.stage_id,
-            tick=self.wavefront.tick,
-            num_batches=num_batches,
-            overlap=self.settings.aux.overlap,
-        )
+    def _wavefront_schedule(self, *, num_batches: int | None) -> PipeSchedule:
+        shape = (self.micro_batches, self.num_stages, self.stage_id)
+        tick = self.wavefront.tick
+        if self.schedule_name == "local":
+            return LocalSchedule(*shape, tick=tick, num_batches=num_batches)
+        return LagrangianSchedule(*shape, tick=tick, num_batches=num_batches, overlap=self.settings.aux.overlap)
 
     def use_exact_schedule(self, *, lr: float | None, num_steps: int) -> None:
         """Go on with DeepSpeed's 1F1B, that is exact back-propagation; batches under way are finished before.
@@ -116,6 +138,8 @@ class AuxPipelineEngine(LocalStepEngine):
 
     def _set_schedule(self, name: str) -> None:
         self.schedule_name = name
+        if self.stage_graphs is not None:
+            self.stage_graphs.drop()
         self.wavefront = Wavefront(self.num_stages, self.stage_id, lag=_LAGS[name])
 
     # ---- one step -------------------------------------------------------------------------------------------------
@@ -125,11 +149,15 @@ class AuxPipelineEngine(LocalStepEngine):
 
         Args:
             data_iter: iterator of (inputs, labels) micro-batches; None goes on with the one set before. Under `al` a
-                stage reads its batch up to K-1 calls later: the iterator must still hold it then.
+                stage reads its batch up to K-1 calls later, under `local` likewise: the iterator must still hold it
+                then.
 
         Returns:
             Loss of the last stage on this batch, mean over the global batch; the same scalar on every rank. With
-            `dsaux.aux.overlap` the loss of the batch before, from the second call on.
+            `dsaux.aux.overlap` the loss of the batch before, from the second call on. Under `local` a batch comes to
+            the last stage K-1 calls after it was given, so this is the loss of the newest batch that has come there:
+            NaN before the first has (`loss_is_known` is False), and in the K-1 calls behind a drain the loss of the
+            last batch before it.
 
         Raises:
             RuntimeError: if the ranks of a replica saw different batches, or no data was given.
@@ -148,6 +176,7 @@ class AuxPipelineEngine(LocalStepEngine):
         self._begin_tick(Tick((self.global_steps,) * self.num_stages))
         loss = super().train_batch()
         self.train_batches += 1
+        self.loss_is_known = True
         self._compare_exact_digests()
         self._exchange_flags()
         return loss
@@ -167,8 +196,29 @@ class AuxPipelineEngine(LocalStepEngine):
         for module, is_training in modes.items():
             module.training = is_training
 
+    def settle(self) -> None:
+        """Wait for this rank's messages and sums under way, and leave them where the next step looks for them.
+
+        Between two calls of `train_batch` all of them have been started on every rank: no step is needed for them to
+        come. What is trained does not change.
+        """
+        self.aux.settle()
+        self._settle_flags()
+        if self.sender is not None:
+            self.sender.wait()
+        if self.receiver is not None:
+            self.receiver.settle()
+
+    def _exec_schedule(self, pipe_schedule: PipeSchedule) -> None:
+        """DeepSpeed's; with `dsaux.run.cuda_graphs` all but the communication of a tick is replayed as CUDA graphs."""
+        eagerly = functools.partial(super()._exec_schedule, pipe_schedule)
+        if self.stage_graphs is None:
+            eagerly()
+        else:
+            self.stage_graphs.run(pipe_schedule, eagerly)
+
     def _drain_tick(self) -> None:
-        self._exec_schedule(self._lagrangian_schedule(num_batches=self.wavefront.num_batches))
+        self._exec_schedule(self._wavefront_schedule(num_batches=self.wavefront.num_batches))
 
     def _run_tick(self, run: Callable[[], Tensor | None]) -> Any:
         """Run the schedule of the present tick on this stage's own data."""
@@ -230,6 +280,9 @@ class AuxPipelineEngine(LocalStepEngine):
         """DeepSpeed's forward pass; on the last stage it also counts the right answers of a training batch."""
         super()._exec_forward_pass(buffer_id)
         if not self.is_last_stage():
+            outputs = self.pipe_buffers["outputs"][buffer_id]
+            if isinstance(outputs, Tensor):  # gloo sends no other; layers that transpose, as patches do, hand on such
+                self.pipe_buffers["outputs"][buffer_id] = outputs.contiguous()
             return
         outputs, labels = self.pipe_buffers["outputs"][buffer_id], self.pipe_buffers["labels"][buffer_id]
         if self._output_fn is None and torch.is_grad_enabled():
@@ -304,7 +357,7 @@ class AuxPipelineEngine(LocalStepEngine):
 
     @property
     def entered_steps(self) -> int:
-        """Batches that have entered: optimizer steps of the last stage, which no other stage is ahead of."""
+        """Batches that have entered: optimizer steps of the stage where they do, which no other is ahead of."""
         return int(self.global_steps) + self.wavefront.num_unread
 
     def save_checkpoint(
@@ -374,6 +427,8 @@ class AuxPipelineEngine(LocalStepEngine):
             CheckpointError: if it is of another network, or the ranks do not see the same files.
         """
         self.drain()
+        if self.stage_graphs is not None:
+            self.stage_graphs.drop()
         if found is None:
             found = find_together(Path(load_dir) / tag if tag is not None else Path(load_dir))
         tail = found.content.get("exact_tail")
@@ -420,10 +475,12 @@ class AuxPipelineEngine(LocalStepEngine):
             if (before, behind) not in self._boundary_groups:
                 continue
             ends = {"group": self._boundary_groups[before, behind], "transport": self.settings.aux.transport, **common}
-            if self.global_rank == behind:
-                self.sender = VariableSender(peer=before, **ends)
-            elif self.global_rank == before:
-                self.receiver = VariableReceiver(peer=behind, device=self.device, **ends)
+            # Refreshed variables go up, outputs of the stages go down.
+            source, sink = (before, behind) if self.schedule_name == "local" else (behind, before)
+            if self.global_rank == source:
+                self.sender = VariableSender(peer=sink, **ends)
+            elif self.global_rank == sink:
+                self.receiver = VariableReceiver(peer=source, device=self.device, **ends)
 
     def _make_aux_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         assert self._aux_optimizer is not None, "initialize gives one wherever there is an AuxNet"
@@ -435,4 +492,4 @@ class AuxPipelineEngine(LocalStepEngine):
         return self.client_lr_scheduler(optimizer) if callable(self.client_lr_scheduler) else None
 
     # DeepSpeed dispatches by exact type through unbound functions: an overriding method must stand in the map again.
-    _INSTRUCTION_MAP = {**LocalStepEngine._INSTRUCTION_MAP, instructions.ForwardPass: _exec_forward_pass}
+    _INSTRUCTION_MAP = {**GreedyStepEngine._INSTRUCTION_MAP, instructions.ForwardPass: _exec_forward_pass}

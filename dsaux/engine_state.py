@@ -34,6 +34,7 @@ from dsaux.checkpoint import (
 )
 from dsaux.config_rules import ConfigError
 from dsaux.optim_state import group_settings, load_group_settings, load_parameter_states, parameter_states
+from dsaux.placement import REPLICAS_NEAR, placement_of
 
 if TYPE_CHECKING:
     from dsaux.engine import AuxPipelineEngine
@@ -44,6 +45,11 @@ AUX_MODEL_FILE, AUX_OPTIM_FILE = "aux_net-model_states.pt", "aux_net-optim_state
 def layer_optim_file(index: int) -> str:
     """Optimizer state of a layer."""
     return f"layer_{index:02d}-optim_states.pt"
+
+
+def head_files(cut: int) -> tuple[str, str]:
+    """Weights and optimizer state of the local head at a cut, by the index of the first layer behind it."""
+    return f"head_{cut:02d}-model_states.pt", f"head_{cut:02d}-optim_states.pt"
 
 
 def stage_file(stage: int) -> str:
@@ -58,13 +64,16 @@ def rank_file(rank: int) -> str:
 
 def describe_layout(engine: AuxPipelineEngine) -> dict[str, Any]:
     """How the network lies on the ranks: what a checkpoint must share with a run to go back to the bit."""
-    return {
+    layout = {
         "schedule": engine.schedule_name,
         "stages": int(engine.num_stages),
         "replicas": int(engine.dp_world_size),
         "micro_batches": int(engine.micro_batches),
         "bounds": [int(bound) for bound in engine.module.parts],
     }
+    if engine.num_stages > 1 and engine.dp_world_size > 1:  # else there is one placement only
+        layout["placement"] = placement_of(engine.module.topology())
+    return layout
 
 
 def collect(engine: AuxPipelineEngine, client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,12 +90,12 @@ def collect(engine: AuxPipelineEngine, client_state: Mapping[str, Any]) -> dict[
     """
     files: dict[str, Any] = {rank_file(engine.global_rank): _rank_state(engine)}
     optimizer = _require_optimizer(engine)
-    for index, layer in _layers(engine):
+    for layer, model_file, optim_file in _trained_parts(engine):
         names = [name for name, _ in layer.named_parameters()]
         states = parameter_states(optimizer, [parameter for _, parameter in layer.named_parameters()])
         if engine.grid.get_data_parallel_rank() == 0:
-            files[layer_model_file(index)] = _cpu_state(layer)
-            files[layer_optim_file(index)] = dict(zip(names, states, strict=True))
+            files[model_file] = _cpu_state(layer)
+            files[optim_file] = dict(zip(names, states, strict=True))
     if engine.grid.get_data_parallel_rank() == 0:
         files[stage_file(engine.stage_id)] = {
             "groups": group_settings(optimizer),
@@ -122,12 +131,13 @@ def restore(engine: AuxPipelineEngine, found: FoundCheckpoint) -> tuple[dict[str
             "Take the configuration that it was written with."
         )
     _load_layers(engine, found)
-    notes = _restore_aux(engine, found)
-    # Schedules and counts as in the run where it has the same shape; else those of the last stage, which no other
-    # stage is ahead of.
-    same = {key: content["layout"][key] == layout[key] for key in layout}
+    notes = [*_restore_aux(engine, found), *_notes_of_heads(engine, found)]
+    # Schedules and counts as in the run where it has the same shape; else those of the stage where batches enter, which
+    # no other stage is ahead of.
+    same = {key: _saved(content, key) == layout[key] for key in layout}
     is_same = all(same.values()) or (all(same[key] for key in same if key != "schedule") and content["is_drained"])
-    source = engine.stage_id if is_same else content["layout"]["stages"] - 1
+    leading = 0 if content["layout"]["schedule"] == "local" else content["layout"]["stages"] - 1
+    source = engine.stage_id if is_same else leading
     stage = found.load(stage_file(source))
     if engine.lr_scheduler is not None and stage["scheduler"] is not None:
         load_group_settings(_require_optimizer(engine), stage["groups"])
@@ -136,7 +146,7 @@ def restore(engine: AuxPipelineEngine, found: FoundCheckpoint) -> tuple[dict[str
     engine.global_samples = stage["global_samples"]
     engine.skipped_steps = stage["skipped_steps"]
     if is_same:
-        _restore_rank(engine, found.load(rank_file(engine.global_rank)))
+        _restore_rank(engine, found.load(rank_file(engine.global_rank)), same_schedule=same["schedule"])
     else:
         notes += _notes_of_layout(content, layout, same)
     return dict(stage["client_state"]), notes
@@ -153,11 +163,23 @@ def _layers(engine: AuxPipelineEngine) -> Iterator[tuple[int, nn.Module]]:
             yield first + offset, layer
 
 
-def _load_layers(engine: AuxPipelineEngine, found: FoundCheckpoint) -> None:
-    optimizer = _require_optimizer(engine)
+def _trained_parts(engine: AuxPipelineEngine) -> Iterator[tuple[nn.Module, str, str]]:
+    """What DeepSpeed's optimizer trains on this rank: layers, and a local head; each with its two files."""
     for index, layer in _layers(engine):
-        load_weights(layer, found, layer_model_file(index))
-        saved = found.load(layer_optim_file(index))
+        yield layer, layer_model_file(index), layer_optim_file(index)
+    head = engine.module.local_head
+    if head is not None:
+        yield head, *head_files(engine.module.parts[engine.stage_id + 1])
+
+
+def _load_layers(engine: AuxPipelineEngine, found: FoundCheckpoint) -> None:
+    """Layers and local head; a head of a cut that the checkpoint does not have stays as it is."""
+    optimizer = _require_optimizer(engine)
+    for layer, model_file, optim_file in _trained_parts(engine):
+        if layer is engine.module.local_head and model_file not in found.files:
+            continue
+        load_weights(layer, found, model_file)
+        saved = found.load(optim_file)
         named = list(layer.named_parameters())
         load_parameter_states(optimizer, [p for _, p in named], [saved.get(name) for name, _ in named])
 
@@ -195,7 +217,10 @@ def one_line(error: BaseException) -> str:
 
 def _cpu_state(module: nn.Module) -> dict[str, Tensor]:
     # Copies: a view would drag the whole flat buffer of ZeRO into the file.
-    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def _require_optimizer(engine: AuxPipelineEngine) -> Any:
@@ -213,7 +238,8 @@ def _restore_aux(engine: AuxPipelineEngine, found: FoundCheckpoint) -> list[str]
     if net is None:
         return []
     if AUX_MODEL_FILE not in found.files:
-        return ["The checkpoint has no AuxNet (it was written under 1f1b): the AuxNet starts anew."]
+        schedule = found.content["layout"]["schedule"]
+        return [f"The checkpoint has no AuxNet (it was written under {schedule}): the AuxNet starts anew."]
     weights, state = found.load(AUX_MODEL_FILE), found.load(AUX_OPTIM_FILE)
     before, now = content_bounds(found), [int(bound) for bound in engine.module.parts]
     # Segment i makes the variable of boundary now[i + 1] from that of boundary now[i].
@@ -233,6 +259,21 @@ def _restore_aux(engine: AuxPipelineEngine, found: FoundCheckpoint) -> list[str]
         return []
     listing = ", ".join(map(str, lost))
     return [f"The AuxNet's segments {listing} of {len(fits)} start anew: the boundaries {before} have become {now}."]
+
+
+def _notes_of_heads(engine: AuxPipelineEngine, found: FoundCheckpoint) -> list[str]:
+    """The same on every rank: heads whose cut the checkpoint does not have start anew."""
+    if not engine.module.has_local_heads:
+        return []
+    cuts = [int(cut) for cut in engine.module.parts[1:-1]]
+    lost = [cut for cut in cuts if head_files(cut)[0] not in found.files]
+    if not lost:
+        return []
+    listing, schedule = ", ".join(map(str, lost)), found.content["layout"]["schedule"]
+    return [
+        f"The local heads of the cuts at layers {listing} start anew: the checkpoint, written under {schedule} with "
+        f"the cuts {content_bounds(found)[1:-1]}, has none for them."
+    ]
 
 
 def content_bounds(found: FoundCheckpoint) -> list[int]:
@@ -260,6 +301,7 @@ def _rank_state(engine: AuxPipelineEngine) -> dict[str, Any]:
             "last_loss": engine._last_loss.detach().cpu().clone(),
             "mismatch": engine.boundary_mismatch.cpu().clone(),
             "adjoint": engine.boundary_adjoint.cpu().clone(),
+            "loss_is_known": engine.loss_is_known,
         },
         "wavefront": engine.wavefront.state_dict(),
         "received": None if engine.receiver is None else engine.receiver.state_dict(),
@@ -267,13 +309,16 @@ def _rank_state(engine: AuxPipelineEngine) -> dict[str, Any]:
     }
 
 
-def _restore_rank(engine: AuxPipelineEngine, state: Mapping[str, Any]) -> None:
+def _restore_rank(engine: AuxPipelineEngine, state: Mapping[str, Any], *, same_schedule: bool) -> None:
     _set_random_state(state["random"], engine.device)
     figures = state["figures"]
     for name in ("train_loss_sum", "train_hits"):
         getattr(engine, name).copy_(figures[name])
     engine.train_samples, engine.train_batches = figures["train_samples"], figures["train_batches"]
     engine._last_loss = figures["last_loss"].to(engine.device)
+    engine.loss_is_known = bool(figures.get("loss_is_known", True))
+    if not same_schedule:  # saved with no batch under way; other schedules have other boundary figures and lags
+        return
     engine.boundary_mismatch = figures["mismatch"].to(engine.device)
     engine.boundary_adjoint = figures["adjoint"].to(engine.device)
     engine.wavefront.load_state_dict(state["wavefront"])
@@ -284,16 +329,23 @@ def _restore_rank(engine: AuxPipelineEngine, state: Mapping[str, Any]) -> None:
     engine.load_guard_state(state["guard"])
 
 
+def _saved(content: Mapping[str, Any], key: str) -> Any:
+    # Checkpoints from before there was a choice have DeepSpeed's own placement.
+    return content["layout"].get(key, REPLICAS_NEAR) if key == "placement" else content["layout"][key]
+
+
 def _notes_of_layout(content: Mapping[str, Any], layout: Mapping[str, Any], same: Mapping[str, bool]) -> list[str]:
-    changed = [f"{key} {content['layout'][key]} to {layout[key]}" for key in layout if not same[key]]
+    changed = [f"{key} {_saved(content, key)} to {layout[key]}" for key in layout if not same[key]]
     notes = [
         f"Layers and their optimizer state were dealt anew ({', '.join(changed)}): the run goes on from the same "
         "weights, but not to the bit as it would have."
     ]
     if not content["is_drained"]:
         under_way = content["layout"]["stages"] - 1
+        late = "last" if content["layout"]["schedule"] == "local" else "first"
         notes.append(
-            f"The {under_way} batches that were under way are dropped: the first stages miss up to {under_way} updates."
+            f"The {under_way} batches that were under way are dropped: the {late} stages miss up to {under_way} "
+            "updates."
         )
     return notes
 

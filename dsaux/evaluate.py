@@ -25,10 +25,10 @@ class Evaluation:
     """Figures over the whole test set.
 
     Attributes:
-        top1: share of samples whose label has the highest score.
-        top5: share of samples whose label is among the five highest scores (all classes, where there are fewer).
+        top1: share of labels that have the highest score.
+        top5: share of labels that are among the five highest scores (all classes, where there are fewer).
         loss: mean cross-entropy.
-        samples: number of test samples.
+        samples: number of test labels: one per image, or one per token of text.
     """
 
     top1: float
@@ -65,15 +65,16 @@ def evaluate(engine: AuxPipelineEngine, batches: Batches, *, num_batches: int) -
 
 
 def classification_sums(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Sums of cross-entropy, top-1 hits, top-5 hits and samples over the labelled rows of one batch.
+    """Sums of cross-entropy, top-1 hits, top-5 hits and labels over one batch, padding left out.
 
     Args:
-        outputs: scores, shape (B, classes).
-        labels: int64, shape (B,); values below 0 mark padding.
+        outputs: scores, shape (B, classes), or (B, T, classes) where every token has a label.
+        labels: int64, shape (B,) or (B, T); values below 0 mark padding.
 
     Returns:
         float64 tensor of shape (4,).
     """
+    outputs, labels = outputs.flatten(0, -2), labels.flatten()
     real = labels >= 0
     scores = outputs.float() if outputs.dtype != torch.float64 else outputs
     loss = F.cross_entropy(scores, labels.clamp_min(0), reduction="none")
@@ -85,13 +86,18 @@ def classification_sums(outputs: Tensor, labels: Tensor) -> Tensor:
 def reestimate_batchnorm(engine: AuxPipelineEngine, batches: Batches, *, num_batches: int) -> None:
     """Replace BatchNorm's running statistics by their plain average over batches of the real chain.
 
+    Batches under way are finished before, with the momentum of the training.
+
     Args:
         engine: the engine; its module is left in training mode.
         batches: (inputs, labels) of training data, this replica's share.
         num_batches: number of batches; 0 keeps the present statistics.
     """
+    engine.drain()
     layers = [m for m in engine.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if num_batches == 0:
+    count = torch.tensor(len(layers), device=engine.device)
+    dist.all_reduce(count, group=engine.module.world_group)
+    if num_batches == 0 or count == 0:  # a network without BatchNorm, on all stages: the batches would change nothing
         return
     momenta = [layer.momentum for layer in layers]
     engine.module.eval()

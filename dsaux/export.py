@@ -263,7 +263,8 @@ def _loss_difference(one: Figures, other: Figures) -> float:
 
 def _evaluation_line(exported: Exported) -> Text:
     found, recorded = exported.evaluation, exported.trained.recorded
-    line = Text(f"top-1 {found.top1:.4f}, loss {found.loss:.6g} ({found.samples:,} images): ")
+    unit = exported.trained.dataset.input_spec.unit
+    line = Text(f"top-1 {found.top1:.4f}, loss {found.loss:.6g} ({found.samples:,} {unit}): ")
     if recorded is None:
         return line.append("no evaluation at this step is on record", style="yellow")
     if exported.is_as_recorded:

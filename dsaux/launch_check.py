@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # dsaux.config imports this file
 _METHODS = ("uniform", "parameters", "time")
 _NEVER = 10**9  # steps_per_print of a run that writes its own log
 _SMALLEST_MICRO_BATCH = 2
+_LONGEST_NAME = 200  # bytes; file systems stop at 255, and more may follow the name
 _MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -47,8 +48,13 @@ class Launch:
     gradient_accumulation_steps: int
 
 
-def check_launch(config: Config, *, world_size: int) -> Launch:
+def check_launch(config: Config, *, world_size: int, needs_data: bool = True) -> Launch:
     """Fits a configuration to a number of processes.
+
+    Args:
+        config: the checked configuration.
+        world_size: processes.
+        needs_data: look for the data set's files and its loader as well; a dry run does without.
 
     DeepSpeed's rules fill in what is missing of train_batch_size, train_micro_batch_size_per_gpu and
     gradient_accumulation_steps, but a division with a remainder, which DeepSpeed rounds or asserts, is
@@ -57,7 +63,7 @@ def check_launch(config: Config, *, world_size: int) -> Launch:
     Raises:
         ConfigError: for the first thing that does not fit.
     """
-    from dsaux.data import check_dataset
+    from dsaux.data import check_dataset, sample_counts
     from dsaux.size_check import check_sizes
 
     check_sizes(config)
@@ -80,10 +86,12 @@ def check_launch(config: Config, *, world_size: int) -> Launch:
             f" Set train_batch_size to {_SMALLEST_MICRO_BATCH * steps * replicas} or more, or take fewer"
             " steps or replicas."
         )
-    check_samples(config, train_batch_size=train)
-    _check_switch(config, train_batch_size=train)
-    _check_warmup(config, train_batch_size=train)
-    check_dataset(config.dsaux.data)
+    samples, _ = sample_counts(config.dsaux.data)  # once: a data set on disk is listed for it
+    check_samples(samples, train_batch_size=train)
+    _check_switch(config, steps_per_epoch=samples // train)
+    _check_warmup(config, steps_per_epoch=samples // train)
+    if needs_data:
+        check_dataset(config.dsaux.data)
     _check_monitors(config.deepspeed)
     _check_timers(config)
     _check_gpu_optimizer(config.deepspeed["optimizer"]["type"])
@@ -97,7 +105,7 @@ def check_launch(config: Config, *, world_size: int) -> Launch:
     )
 
 
-def _check_warmup(config: Config, *, train_batch_size: int) -> None:
+def _check_warmup(config: Config, *, steps_per_epoch: int) -> None:
     """Refuses a warm-up that is longer than the run, where the schedule takes its length from the run."""
     params = config.deepspeed.get("scheduler", {}).get("params", {})
     if params.get("total_num_steps") != "auto":
@@ -105,7 +113,7 @@ def _check_warmup(config: Config, *, train_batch_size: int) -> None:
     warmup, words = warmup_steps(params)
     run = config.dsaux.run
     epochs = run.epochs - (run.exact_epochs if run.exact_lr is not None else 0)
-    steps = epochs * (config.dsaux.data.train_samples // train_batch_size)
+    steps = epochs * steps_per_epoch
     steps = steps if run.max_steps is None else min(steps, run.max_steps)
     if warmup > steps:
         raise ConfigError(
@@ -114,12 +122,11 @@ def _check_warmup(config: Config, *, train_batch_size: int) -> None:
         )
 
 
-def _check_switch(config: Config, *, train_batch_size: int) -> None:
+def _check_switch(config: Config, *, steps_per_epoch: int) -> None:
     """Refuses exact epochs that would begin when the run has ended."""
     run = config.dsaux.run
     if run.exact_epochs == 0 or run.max_steps is None:
         return
-    steps_per_epoch = config.dsaux.data.train_samples // train_batch_size
     start = (run.epochs - run.exact_epochs) * steps_per_epoch
     if run.max_steps <= start:
         raise ConfigError(
@@ -130,6 +137,14 @@ def _check_switch(config: Config, *, train_batch_size: int) -> None:
 
 
 def _check_monitors(document: dict[str, Any]) -> None:
+    for monitor in ("tensorboard", "csv_monitor"):
+        for key in ("output_path", "job_name"):
+            path = document.get(monitor, {}).get(key, "")
+            if isinstance(path, str) and any(len(part.encode()) > _LONGEST_NAME for part in path.split("/")):
+                raise ConfigError(
+                    f"{join(monitor, key)} is {show(path)}; the name of a folder may have {_LONGEST_NAME} bytes."
+                    " Shorten it."
+                )
     for monitor, package in _MONITOR_PACKAGES.items():
         enabled = document.get(monitor, {}).get("enabled", False)
         if enabled and importlib.util.find_spec(package) is None:
@@ -171,13 +186,16 @@ def _check_gpu_optimizer(name: str) -> None:
         )
 
 
-def check_samples(config: Config, *, train_batch_size: int) -> None:
+def check_samples(samples: int, *, train_batch_size: int) -> None:
     """Refuses a training set that is smaller than one global batch (the last incomplete batch is dropped).
+
+    Args:
+        samples: training samples.
+        train_batch_size: samples in a step over all replicas.
 
     Raises:
         ConfigError: names both numbers.
     """
-    samples = config.dsaux.data.train_samples
     if samples < train_batch_size:
         raise ConfigError(
             f"dsaux.data.train_samples is {samples}, less than one global batch of {train_batch_size}"
@@ -193,9 +211,20 @@ def check_partition(config: Config) -> None:
         ConfigError: for an unknown model, too many stages, an unknown layer, or cuts that do not increase.
     """
     from dsaux.models import layer_names
+    from dsaux.models.reference import is_reference, load_function
 
-    pipeline = config.dsaux.pipeline
-    names = layer_names(config.dsaux.model.name)
+    pipeline, model = config.dsaux.pipeline, config.dsaux.model
+    if is_reference(model.name):
+        from dsaux.models.causality import check_network
+
+        names = check_network(config)
+    else:
+        names = layer_names(model)
+        if config.dsaux.data.name == "text":
+            raise ConfigError(
+                f'dsaux.data.name is "text" but {model.name} takes images. Set dsaux.model.name to a network for text,'
+                " such as examples/gpt.py:gpt."
+            )
     if pipeline.stages > len(names):
         raise ConfigError(
             f"dsaux.pipeline.stages is {pipeline.stages} but {config.dsaux.model.name} has {len(names)}"
@@ -204,6 +233,8 @@ def check_partition(config: Config) -> None:
         )
     if isinstance(pipeline.partition, (tuple, list)):
         partition_indices(pipeline.partition, names=names, stages=pipeline.stages)
+    if is_reference(config.dsaux.aux.segment):
+        load_function(config.dsaux.aux.segment, key="dsaux.aux.segment")
 
 
 def check_partition_form(given: Any) -> None:

@@ -6,6 +6,7 @@ formulas are in `dsaux.objective`, the AuxNet's side in `dsaux.aux_replica`, the
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from dsaux.step_guard import StepGuardEngine
 from dsaux.transfers import VariableReceiver, VariableSender, WaitMeter
 from dsaux.wavefront import Tick
 
+WAVEFRONTS = ("al", "local")
+"""Schedules whose stages treat different batches in a tick."""
 NO_DATA = "train_batch has no data: pass data_iter on every rank, or call set_dataiterator first."
 AUX_FORWARD_TIMER = "aux_forward"
 AUX_BACKWARD_TIMER = "aux_backward"
@@ -37,10 +40,12 @@ class LocalStepEngine(StepGuardEngine):
         settings: the checked `dsaux` block of the configuration.
         aux: this rank's replica of the AuxNet.
         wait_meter: time that this rank has lost in waits for others.
-        sender: upper end of the boundary below this stage; None where nothing is sent.
-        receiver: lower end of the boundary above this stage; None where nothing is received.
+        sender: this stage's end of the boundary over which it sends; None where nothing is sent.
+        receiver: its end of the boundary over which it receives; None where nothing is received.
+        loaded_batches: micro-batches of this tick that were loaded before their turn.
+        loss_is_known: whether some batch has come to the last stage, so that `train_batch` has a loss to return.
         boundary_mismatch: relative mismatch per boundary, shape (K-1,): the last value of each, NaN before the first;
-            empty under 1f1b.
+            empty where there is no AuxNet, that is under local and 1f1b.
         boundary_adjoint: norm of the adjoint over that of the coupling force, likewise; 0 under penalty.
     """
 
@@ -53,6 +58,7 @@ class LocalStepEngine(StepGuardEngine):
     receiver: VariableReceiver | None
     boundary_mismatch: Tensor
     boundary_adjoint: Tensor
+    loss_is_known: bool
 
     def _init_local_step(self, settings: DsauxConfig) -> None:
         """Set what belongs to one rank and one tick; DeepSpeed's own constructor has run."""
@@ -67,15 +73,18 @@ class LocalStepEngine(StepGuardEngine):
         self.train_samples = self.train_batches = 0
         self.boundary_mismatch = self.boundary_adjoint = torch.zeros(0)
         self._output_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.loaded_batches: deque[tuple[Tensor, Tensor]] = deque()
         self._guard = BatchGuard(self.grid.pp_group, every=settings.data.guard_every)
         self._report: TickReport | None = None
-        self._last_loss = torch.zeros((), device=self.device)
+        self._last_loss = torch.full((), float("nan"), device=self.device)
+        self.loss_is_known = False
         self._begin_tick(Tick((0,) * self.num_stages))
 
     def _begin_tick(self, tick: Tick) -> None:
         self._tick = tick
         self._digest = 0
         self._micro_batch = -1
+        self.loaded_batches.clear()  # of a tick that failed half-way
         self._begin_step_guard()
 
     # ---- data -------------------------------------------------------------------------------------------------------
@@ -89,11 +98,21 @@ class LocalStepEngine(StepGuardEngine):
             self._digest = batch_digest(inputs, labels)
         if self.bfloat16_enabled() and inputs.is_floating_point():
             inputs = inputs.bfloat16()
-        return inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        inputs = self.module.arrange(inputs.to(self.device, non_blocking=True))
+        return inputs, labels.to(self.device, non_blocking=True)
 
     def _exec_load_replica_batch(self, buffer_id: int) -> None:
+        inputs, labels = self.loaded_batches.popleft() if self.loaded_batches else self._next_batch()
+        self.begin_micro_batch(buffer_id, inputs, labels)
+
+    def load_ahead(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Load micro-batches of this tick before their turn; the instructions that load take these."""
+        self.loaded_batches.extend(self._next_batch() for _ in range(count))
+        return list(self.loaded_batches)
+
+    def begin_micro_batch(self, buffer_id: int, inputs: Tensor, labels: Tensor) -> None:
+        """Put the next micro-batch of the tick into a buffer."""
         self._micro_batch += 1
-        inputs, labels = self._next_batch()
         self.pipe_buffers["inputs"][buffer_id] = inputs
         self.pipe_buffers["labels"][buffer_id] = labels
 
@@ -104,10 +123,10 @@ class LocalStepEngine(StepGuardEngine):
         self._start_timer(AUX_FORWARD_TIMER)
         inputs = self.pipe_buffers["inputs"][buffer_id]
         variables: list[Tensor] = []
-        if self.aux.net is not None:
+        if self.aux.run is not None:
             depth = min(self.stage_id + 1, self.module.num_boundaries)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16_enabled()):
-                variables = self.aux.net(inputs, depth=depth)
+                variables = self.aux.run(inputs, depth=depth)
         self.pipe_buffers["variables"][buffer_id] = variables
         self._stop_timer(AUX_FORWARD_TIMER)
 
@@ -115,11 +134,18 @@ class LocalStepEngine(StepGuardEngine):
         """X_(k+1) = F_k(lambda_k)."""
         variables = self.pipe_buffers["variables"][buffer_id]
         inputs = self.pipe_buffers["inputs"][buffer_id]
-        source = inputs if self.is_first_stage() else variables[self.stage_id - 1].to(inputs.dtype)
+        source = inputs if self.is_first_stage() else self._in_stage_precision(variables[self.stage_id - 1], inputs)
         stage_input = source.detach()
-        stage_input.requires_grad_(not self.is_first_stage() or self._reentrant_activation_checkpointing())
+        if stage_input.is_floating_point():  # text is whole numbers
+            stage_input.requires_grad_(not self.is_first_stage() or self._reentrant_activation_checkpointing())
         self.pipe_buffers["stage_inputs"][buffer_id] = stage_input
         self.pipe_buffers["outputs"][buffer_id] = DeepSpeedEngine.forward(self, stage_input)
+
+    def _in_stage_precision(self, variable: Tensor, inputs: Tensor) -> Tensor:
+        """An auxiliary variable in the precision of real inputs; of whole numbers there is only the configuration's."""
+        if inputs.is_floating_point():
+            return variable.to(inputs.dtype)
+        return variable.bfloat16() if self.bfloat16_enabled() else variable
 
     def _exec_penalty_loss(self, buffer_id: int) -> None:
         """The target is what this rank's own AuxNet gives the next stage."""
@@ -136,7 +162,8 @@ class LocalStepEngine(StepGuardEngine):
             return
         assert self.receiver is not None, "all stages but the last receive"
         outputs = self.pipe_buffers["outputs"][buffer_id]
-        refreshed, scale = self.receiver.read(self._micro_batch, like=outputs)
+        refreshed, scale = self.receiver.read(self._micro_batch)
+        refreshed = refreshed.view_as(outputs)
         variable = self.pipe_buffers["variables"][buffer_id][self.stage_id]
         adjoint = objective.adjoint_ratio(variable, refreshed, outputs)
         self._coupling_loss(buffer_id, refreshed, scale=scale, adjoint=adjoint)
@@ -169,7 +196,7 @@ class LocalStepEngine(StepGuardEngine):
 
     def _exec_refresh_variable(self, buffer_id: int) -> None:
         """lambda'_k of this micro-batch, into the message to the stage before."""
-        assert self.sender is not None, "all stages but the first send"
+        assert self.sender is not None, "where a schedule sends there is a sender"
         variable = self.pipe_buffers["variables"][buffer_id][self.stage_id - 1]
         # The loss was divided by the number of micro-batches; g_k is the gradient of the micro-batch's own mean.
         gradient = self.pipe_buffers["stage_inputs"][buffer_id].grad * self.micro_batches
@@ -203,21 +230,21 @@ class LocalStepEngine(StepGuardEngine):
     # ---- messages ---------------------------------------------------------------------------------------------------
 
     def _exec_send_variable(self) -> None:
-        """Pairs with `_exec_recv_variable` of stage k-1 in the same tick."""
-        assert self.sender is not None, "all stages but the first send"
+        """Pairs with `_exec_recv_variable` of the peer, stage k-1 (under local k+1), in the same tick."""
+        assert self.sender is not None, "where a schedule sends there is a sender"
         self.sender.start()
 
     def _exec_wait_send_variable(self) -> None:
-        assert self.sender is not None, "all stages but the first send"
+        assert self.sender is not None, "where a schedule sends there is a sender"
         self.sender.wait()
 
     def _exec_recv_variable(self) -> None:
-        """Pairs with `_exec_send_variable` of stage k+1 in the same tick."""
-        assert self.receiver is not None, "all stages but the last receive"
+        """Pairs with `_exec_send_variable` of the peer, stage k+1 (under local k-1), in the same tick."""
+        assert self.receiver is not None, "where a schedule receives there is a receiver"
         self.receiver.post()
 
     def _exec_wait_recv_variable(self) -> None:
-        assert self.receiver is not None, "all stages but the last receive"
+        assert self.receiver is not None, "where a schedule receives there is a receiver"
         self.receiver.wait()
 
     # ---- the AuxNet's step ------------------------------------------------------------------------------------------
@@ -238,13 +265,13 @@ class LocalStepEngine(StepGuardEngine):
         return report
 
     def _must_skip(self) -> bool:
-        """Under penalty a fault of any stage; under al one of this stage: the stages behind have treated the batch."""
+        """Under penalty a fault of any stage; in a wavefront one of this stage: others have treated the batch."""
         if not self.is_local_schedule:
             return super()._must_skip()
         # The sum says what the other ranks saw: with skipping it is awaited before the step, not behind it.
         self._report = self._finish_sum()
         faults = self._report.flags[1:]
-        return bool(faults[self.stage_id] > 0) if self.schedule_name == "al" else bool(faults.sum() > 0)
+        return bool(faults[self.stage_id] > 0) if self.schedule_name in WAVEFRONTS else bool(faults.sum() > 0)
 
     def _exec_aux_optimizer_step(self) -> None:
         """Wait for the sum that was started last, unless it has come, and step the AuxNet."""
@@ -258,14 +285,15 @@ class LocalStepEngine(StepGuardEngine):
             self.timers.log(list(AUX_TIMERS))
 
     def _take_report(self, report: TickReport) -> None:
-        if report.tick.has_new_batch:
-            self._last_loss = report.loss
-        if self.boundary_mismatch.numel() == 0:
-            self.boundary_mismatch = torch.full_like(report.mismatch, float("nan"))
-            self.boundary_adjoint = self.boundary_mismatch
+        if report.tick.has_loss:
+            self._last_loss, self.loss_is_known = report.loss, True
         self._take_flags(report.flags)
-        self.boundary_mismatch = torch.where(report.has_boundary, report.mismatch, self.boundary_mismatch)
-        self.boundary_adjoint = torch.where(report.has_boundary, report.adjoint, self.boundary_adjoint)
+        if self.aux.net is not None:
+            if self.boundary_mismatch.numel() == 0:
+                self.boundary_mismatch = torch.full_like(report.mismatch, float("nan"))
+                self.boundary_adjoint = self.boundary_mismatch
+            self.boundary_mismatch = torch.where(report.has_boundary, report.mismatch, self.boundary_mismatch)
+            self.boundary_adjoint = torch.where(report.has_boundary, report.adjoint, self.boundary_adjoint)
         if any(self._guard.is_due(step) for step in report.tick.steps):
             self._guard.add(report.tick.steps, report.digests.tolist())
 
@@ -285,8 +313,8 @@ class LocalStepEngine(StepGuardEngine):
         self._guard.load_state_dict(state)
 
     def _count_hits(self, outputs: Tensor, labels: Tensor) -> None:
-        if outputs.ndim == 2 and labels.ndim == 1:
-            self.train_hits += (outputs.detach().argmax(dim=1) == labels).sum()
+        if outputs.shape[:-1] == labels.shape:
+            self.train_hits += (outputs.detach().argmax(dim=-1) == labels).sum()
             self.train_samples += labels.numel()
 
     def _scale(self, boundary: int, variable: Tensor) -> Tensor | float:

@@ -77,12 +77,13 @@ class EvalStats:
     Attributes:
         step: optimizer steps done before it.
         epoch: epochs done before it.
-        top1: share of samples whose label has the highest score.
-        top5: share of samples whose label is among the five highest scores.
+        top1: share of labels that have the highest score.
+        top5: share of labels that are among the five highest scores.
         loss: mean cross-entropy.
-        samples: test samples.
+        samples: test labels.
         seconds: time it took, the re-estimation of BatchNorm included.
         method: schedule that trained the network so far.
+        unit: what has a label, "images" or "tokens".
     """
 
     step: int
@@ -93,6 +94,7 @@ class EvalStats:
     samples: int
     seconds: float
     method: str
+    unit: str = "images"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class FinalStats:
     bounds: Sequence[int]
     model: str
     data: str
+    unit: str = "images"
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from dsaux.config import ModelConfig
 from dsaux.config_rules import ConfigError, show, suggestion
 from dsaux.models import layer_names
-from dsaux.models.network import Network, build_network, public_key
+from dsaux.models.network import Network, build_network, load_public_state_dict, public_state_dict
+from dsaux.models.reference import is_reference
+from dsaux.models.shapes import SampleSpec
 
 Scorer: TypeAlias = Callable[[Tensor], Tensor]
-"""Normalised images, float32 (B, C, H, W), to class scores, float32 (B, classes)."""
+"""Normalised images, float32 (B, C, H, W), to class scores, float32 (B, classes); or whole numbers, int64 (B, T), to
+scores (B, T, classes)."""
 
 MARK = "dsaux"
 """Value of the entry "format" in every file."""
@@ -37,15 +41,20 @@ class ModelCard:
     """What a file says of its network beside the weights.
 
     Attributes:
-        model: name of the network, such as "resnet20".
+        model: name of the network, such as "resnet20", or a user's function, path/to/file.py:function.
         num_classes: number of scores.
-        in_channels: channels of an image.
-        image_size: height and width of an image.
-        mean: subtracted from each channel, in units of 0 .. 255.
-        std: each channel is divided by it after that, in units of 0 .. 255.
+        in_channels: channels of an image; 0 for text.
+        image_size: height and width of an image; 0 for text.
+        mean: subtracted from each channel, in units of 0 .. 255; empty for text.
+        std: each channel is divided by it after that, in units of 0 .. 255; empty for text.
         classes: names of the classes in the order of the scores; None if the data set has none.
         step: optimizer steps that the network was trained for.
         dsaux_version: version that wrote the file.
+        shorter_side: what an image's shorter side is resized to before its middle is cut out; None stands for
+            `image_size`, so that as much of the image as possible is seen.
+        args: arguments of a user's function; null for none.
+        context: symbols in a sample of text; 0 for images.
+        vocabulary: how many symbols text has; 0 for images. `classes` names them.
     """
 
     model: str
@@ -57,6 +66,22 @@ class ModelCard:
     classes: tuple[str, ...] | None
     step: int
     dsaux_version: str
+    shorter_side: int | None = None
+    args: Mapping[str, Any] | None = None
+    context: int = 0
+    vocabulary: int = 0
+
+    @property
+    def input_spec(self) -> SampleSpec:
+        """One sample of the network's input: (channels, height, width) of an image, or a row of symbols."""
+        if self.vocabulary:
+            return SampleSpec((self.context,), causal=True, vocabulary=self.vocabulary)
+        return SampleSpec((self.in_channels, self.image_size, self.image_size))
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """What builds the network."""
+        return ModelConfig(name=self.model, args=self.args)
 
     def to_document(self) -> dict[str, Any]:
         """The card as plain values, with the entry "format"."""
@@ -75,6 +100,7 @@ class ModelCard:
         """
         if document.get("format") != MARK:
             raise _not_ours(path, f'it has no entry "format" with the value "{MARK}"')
+        document = {**_OPTIONAL, **document}
         missing = [member.name for member in fields(cls) if member.name not in document]
         if missing:
             raise _not_ours(path, f'it has no entry "{missing[0]}"')
@@ -86,7 +112,8 @@ class ModelCard:
         names = card.num_classes if card.classes is None else len(card.classes)
         if lengths != {card.in_channels} or names != card.num_classes:
             raise _not_ours(path, "mean and std need a value per channel, and classes a name per class")
-        layer_names(card.model)  # refuses what this version does not know
+        if not is_reference(card.model):  # a user's own function is asked when the network is built
+            layer_names(card.model)  # refuses what this version does not know
         return card
 
     @classmethod
@@ -109,7 +136,13 @@ _CASTS: Mapping[str, Callable[[Any], Any]] = {
     "classes": lambda names: None if names is None else tuple(str(name) for name in names),
     "step": int,
     "dsaux_version": str,
+    "shorter_side": lambda side: None if side is None else int(side),
+    "args": lambda block: None if block is None else dict(block),
+    "context": int,
+    "vocabulary": int,
 }
+_OPTIONAL: Mapping[str, Any] = {"shorter_side": None, "args": None, "context": 0, "vocabulary": 0}
+"""Entries that files of the first versions lack."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +189,9 @@ def choose_format(name: str | None, out: Path) -> str:
 def load_model(path: str | Path) -> nn.Module:
     """The network of a file in the format torch or safetensors, in eval mode on the CPU.
 
-    Its input are images normalised with the mean and std in the file, float32 (B, C, H, W), its output class scores.
+    Its input are images normalised with the mean and std in the file, float32 (B, C, H, W), its output class scores; or
+    symbols, int64 (B, T), and scores of the next one. A user's own network is built by the user's function, whose file
+    or module must be found from the working directory as when it was trained (an ONNX file needs no function).
 
     Raises:
         ConfigError: if the file is not there, not one of dsaux's, or an ONNX file.
@@ -193,7 +228,7 @@ def read_model(path: str | Path) -> tuple[ModelCard, Scorer]:
 
 
 def _write_torch(network: Network, card: ModelCard, path: Path) -> None:
-    torch.save({**card.to_document(), "state_dict": _public_state(network, card)}, path)
+    torch.save({**card.to_document(), "state_dict": public_state_dict(network, card.model)}, path)
 
 
 def _read_torch(path: Path) -> tuple[ModelCard, Scorer]:
@@ -213,7 +248,7 @@ def _read_torch(path: Path) -> tuple[ModelCard, Scorer]:
 def _write_safetensors(network: Network, card: ModelCard, path: Path) -> None:
     from safetensors.torch import save_file
 
-    state = {key: tensor.contiguous() for key, tensor in _public_state(network, card).items()}
+    state = {key: tensor.contiguous() for key, tensor in public_state_dict(network, card.model).items()}
     save_file(state, path, metadata=card.to_texts())
 
 
@@ -234,7 +269,7 @@ def _read_safetensors(path: Path) -> tuple[ModelCard, Scorer]:
 
 
 def _write_onnx(network: Network, card: ModelCard, path: Path) -> None:
-    example = torch.zeros(2, card.in_channels, card.image_size, card.image_size)
+    example = card.input_spec.empty(2, device="cpu")
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), _errors_only("onnxscript", "onnx_ir", "torch.onnx"):
         warnings.simplefilter("ignore")  # of the exporter's own parts
@@ -242,7 +277,7 @@ def _write_onnx(network: Network, card: ModelCard, path: Path) -> None:
             network,
             (example,),
             dynamo=True,
-            input_names=["images"],
+            input_names=[card.input_spec.unit],
             output_names=["scores"],
             dynamic_shapes=({0: batch},),
             verbose=False,
@@ -262,7 +297,7 @@ def _read_onnx(path: Path) -> tuple[ModelCard, Scorer]:
     card = ModelCard.from_texts(session.get_modelmeta().custom_metadata_map, path=path)
 
     def scores(images: Tensor) -> Tensor:
-        (result,) = session.run(["scores"], {"images": images.numpy()})
+        (result,) = session.run(["scores"], {card.input_spec.unit: images.numpy()})
         return torch.from_numpy(result)
 
     return card, scores
@@ -295,23 +330,12 @@ FORMATS: Mapping[str, Format] = {
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _public_state(network: Network, card: ModelCard) -> dict[str, Tensor]:
-    state = {public_key(card.model, key): tensor for key, tensor in network.state_dict().items()}
-    assert len(state) == len(network.state_dict()), "a family's renaming is one-to-one"
-    return state
-
-
 def _network_of(card: ModelCard, state: Mapping[str, Tensor], *, path: Path) -> Network:
-    network = build_network(card.model, num_classes=card.num_classes, in_channels=card.in_channels)
-    own = network.state_dict()
-    keys = {public_key(card.model, key): key for key in own}
-    if set(state) != set(keys):
-        odd = sorted(set(state) ^ set(keys))[0]
-        raise _not_ours(path, f'the tensor "{odd}" is {"missing" if odd in keys else "no part"} of {card.model}')
+    network = build_network(card.model_config, num_classes=card.num_classes, input_spec=card.input_spec)
     try:
-        network.load_state_dict({keys[key]: tensor for key, tensor in state.items()})
-    except RuntimeError as error:
-        raise _not_ours(path, f"a tensor has the wrong shape: {str(error).splitlines()[-1].strip()}") from error
+        load_public_state_dict(network, state, model=card.model)
+    except ValueError as error:
+        raise _not_ours(path, str(error)) from error
     return network.eval()
 
 

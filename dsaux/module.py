@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from dsaux.compiled import CompiledCall, chain_of
 from dsaux.models import Layer, build_layer
 from dsaux.models.auxnet import AuxNet
+from dsaux.models.mixed_norm import keep_batchnorm_in_float32
 
 AUX_FILE = "aux_net-model_states.pt"
 ModuleT = TypeVar("ModuleT", bound="AuxPipelineModule")
@@ -52,11 +52,14 @@ class AuxPipelineModule(PipelineModule):  # type: ignore[misc]
         loss_fn: `loss_fn(outputs, labels) -> scalar`, mean over the batch.
         bounds: K+1 layer indices, 0 first and the number of layers last; None lets DeepSpeed's `partition_method` cut.
         aux_net: the AuxNet for these bounds; None for K = 1 or a run with the 1f1b schedule alone.
+        local_heads: K-1 heads for `schedule: local` (dsaux.models.local_heads); a stage keeps its own one, as a part of
+            itself that DeepSpeed's optimizer trains along and the network does without.
         seed: seed of the weights of `Layer` items.
         kwargs: further arguments of `PipelineModule`: `topology`, `activation_checkpoint_interval` and so on.
 
     Raises:
-        ValueError: if the bounds do not cut the layers into K stages, or the AuxNet has another number of boundaries.
+        ValueError: if the bounds do not cut the layers into K stages, or AuxNet or heads are for another number of
+            boundaries.
     """
 
     def __init__(
@@ -67,9 +70,11 @@ class AuxPipelineModule(PipelineModule):  # type: ignore[misc]
         loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         bounds: Sequence[int] | None = None,
         aux_net: AuxNet | None = None,
+        local_heads: Sequence[nn.Module] | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        layers = list(layers)
         specs = [
             NamedLayerSpec(layer, index, seed=seed) if isinstance(layer, Layer) else layer
             for index, layer in enumerate(layers)
@@ -82,6 +87,9 @@ class AuxPipelineModule(PipelineModule):  # type: ignore[misc]
         # The parent prints its partition on rank 0; the run's own rank map says the same, and more.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(specs, num_stages=num_stages, loss_fn=loss_fn, **kwargs)
+        for layer in layers:
+            if isinstance(layer, Layer) and layer.whole is not None:
+                layer.whole.release()  # the other stages' layers
         if aux_net is not None:
             if aux_net.num_boundaries != self.num_stages - 1:
                 raise ValueError(
@@ -89,11 +97,28 @@ class AuxPipelineModule(PipelineModule):  # type: ignore[misc]
                     f"{self.num_stages - 1} boundaries; build it with dsaux.models.auxnet.build_aux_net."
                 )
             aux_net.to(self._stage_device())
+        self.memory_format: torch.memory_format | None = None
+        self.compiled: CompiledCall | None = None
+        self.local_head: nn.Module | None = None
+        self._has_local_heads = local_heads is not None
+        if local_heads is not None:
+            if len(local_heads) != self.num_boundaries:
+                raise ValueError(
+                    f"there are {len(local_heads)} local heads but {self.num_stages} stages have {self.num_boundaries} "
+                    "boundaries; build them with dsaux.models.local_heads.build_local_heads."
+                )
+            if self.stage_id < self.num_boundaries:
+                self.local_head = local_heads[self.stage_id].to(self._stage_device())
 
     @property
     def num_boundaries(self) -> int:
         """K - 1, the number of cuts between stages."""
         return int(self.num_stages) - 1
+
+    @property
+    def has_local_heads(self) -> bool:
+        """Whether every stage but the last has a head of its own; the same on all ranks."""
+        return bool(self._has_local_heads)
 
     @property
     def layer_names(self) -> list[str]:
@@ -120,14 +145,45 @@ class AuxPipelineModule(PipelineModule):  # type: ignore[misc]
             self.aux_net._apply(fn, recurse)
         return self
 
+    def use_channels_last(self, *, weights: bool) -> None:
+        """Let stage and AuxNet compute in PyTorch's channels-last memory format, from now on; values stay as they are.
+
+        Args:
+            weights: turn the stage's 4-dimensional weights as well; False where an optimizer keeps them in one flat
+                tensor. Those of the AuxNet are turned always.
+        """
+        self.memory_format = torch.channels_last
+        stage = self.parameters() if weights else ()
+        aux = () if self.aux_net is None else self.aux_net.parameters()
+        for parameter in itertools.chain(stage, aux):
+            parameter.data = self.arrange(parameter.data)
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """The tensor in this module's memory format; only one of 4 dimensions has another one than the usual."""
+        if self.memory_format is None or tensor.ndim != 4:
+            return tensor
+        return tensor.contiguous(memory_format=self.memory_format)
+
+    def compile_training(self) -> None:
+        """Let training passes run through `torch.compile`, unless DeepSpeed has work of its own between the layers."""
+        if self.activation_checkpoint_interval == 0 and not self.seed_layers:
+            self.compiled = CompiledCall(
+                chain_of(list(self.forward_funcs)), name=f"stage {self.stage_id}", buffers=self.buffers()
+            )
+
+    def forward(self, forward_input: Any) -> Any:
+        """The stage's layers. To turn the input is part of the graph: its gradient has the layout of what was given."""
+        its = self.arrange(forward_input) if isinstance(forward_input, Tensor) else forward_input
+        if self.compiled is None or not (self.training and torch.is_grad_enabled()):
+            return super().forward(its)
+        return self.compiled(its)
+
     def keep_batchnorm_in_float32(self) -> None:
         """Let BatchNorm layers whose weights were cast to bf16 compute with their float32 running statistics.
 
         DeepSpeed casts parameters but, rightly, not buffers; PyTorch's batch norm refuses the mix.
         """
-        for layer in self.modules():
-            if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.weight is not None:
-                layer.forward = _MixedBatchNorm(layer)  # type: ignore[method-assign, assignment]
+        keep_batchnorm_in_float32(self)
 
     def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
         """Write the stage's layer files as DeepSpeed does and, from global rank 0, the AuxNet beside them."""
@@ -152,31 +208,6 @@ class AuxPipelineModule(PipelineModule):  # type: ignore[misc]
                 "DeepSpeed); load it with the schedule it was written with, or start with a fresh AuxNet."
             )
         self.aux_net.load_state_dict(checkpoint_engine.load(path, map_location=self._stage_device()))
-
-
-class _MixedBatchNorm:
-    """`forward` of a BatchNorm layer with low-precision weights and float32 running statistics."""
-
-    def __init__(self, layer: _BatchNorm) -> None:
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        factor = layer.momentum
-        if layer.training and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(1)
-            if factor is None:
-                factor = 1.0 / float(layer.num_batches_tracked)
-        return F.batch_norm(
-            x,
-            layer.running_mean,
-            layer.running_var,
-            layer.weight.float(),
-            layer.bias.float(),
-            layer.training,
-            0.0 if factor is None else factor,
-            layer.eps,
-        )
 
 
 def _check_bounds(bounds: Sequence[int], *, num_stages: int, num_layers: int) -> None:

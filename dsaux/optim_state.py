@@ -162,7 +162,7 @@ def _is_slice(value: Any, whole: Tensor) -> bool:
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    return value.to(device=parameter.device, dtype=parameter.dtype, copy=True).view_as(parameter)
+    return torch.empty_like(parameter, requires_grad=False).copy_(value.reshape(parameter.shape))
 
 
 def _copy(value: Any) -> Any:
@@ -170,4 +170,5 @@ def _copy(value: Any) -> Any:
 
 
 def _to_cpu(value: Any) -> Any:
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+    # A checkpoint is the same whatever the memory format of the run that wrote it.
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value

@@ -3,8 +3,8 @@
 python -m dsaux.predict model.onnx cat.jpg dog.png
 python -m dsaux.predict runs/quickstart cat.jpg --top 3 --json
 
-The model is a file of any format that `dsaux.export` writes, or a run folder. An image is resized to the network's size
-by its shorter side, cut to the square in its middle and normalised as the training images were.
+The model is a file of any format that `dsaux.export` writes, or a run folder. An image is resized by its shorter side,
+cut to the square in its middle and normalised, as the test images of the run were.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dsaux.command import Parser, console, run
 from dsaux.config_rules import ConfigError
+from dsaux.data.pictures import central_square
 from dsaux.display_text import Column, plain_table, rich_table
 from dsaux.model_file import ModelCard, Scorer, read_model
 from dsaux.runtime import EXIT_BAD_INPUT
@@ -88,8 +89,11 @@ def read_image(path: Path, card: ModelCard) -> Tensor:
         raise _unreadable(path, "it is no picture that PIL knows") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
-    square = ImageOps.fit(picture, (card.image_size, card.image_size), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(square)).reshape(card.image_size, card.image_size, card.in_channels).float()
+    if card.shorter_side is None:
+        square = np.array(ImageOps.fit(picture, (card.image_size, card.image_size), Image.Resampling.BILINEAR))
+    else:
+        square = central_square(picture, shorter_side=card.shorter_side, image_size=card.image_size)
+    pixels = torch.from_numpy(square).reshape(card.image_size, card.image_size, card.in_channels).float()
     normalised = (pixels - torch.tensor(card.mean)) / torch.tensor(card.std)
     return normalised.permute(2, 0, 1).unsqueeze(0).contiguous()
 
@@ -121,6 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which some run folders need, looks for a GPU
     card, scorer = load_predictor(arguments.model)
+    if card.vocabulary:
+        raise ConfigError(
+            f"{arguments.model} is a network for text, and dsaux.predict looks at image files. Use it from Python: "
+            "dsaux.export.load_model gives the network, its input are the numbers of the symbols in the file's entry "
+            "classes."
+        )
     code = 0
     for path in arguments.images:
         try:

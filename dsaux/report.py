@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dsaux.config import Config, ConfigError
 from dsaux.config_rules import show
+from dsaux.data import default_image_size
 from dsaux.display import RunDisplay
 from dsaux.environment import describe_environment
 from dsaux.metrics import CONFIG_FILE, RunFolder, StageRow, check_saved_run, create_run_folder, open_run_folder
@@ -147,11 +148,22 @@ def _check_evaluation(config: Config, run_dir: str | None) -> None:
     check_saved_run(path)
     saved = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["dsaux"]
     given = config.to_dict()["dsaux"]
-    for block, key in (("model", "name"), ("data", "name"), ("data", "image_size"), ("data", "test_samples")):
-        if saved[block][key] != given[block][key]:
+    for document in (saved, given):  # null stands for the data set's own size
+        document["data"]["image_size"] = document["data"]["image_size"] or default_image_size(document["data"]["name"])
+    for path_of_key in (
+        "model.name",
+        "model.args",
+        "data.name",
+        "data.image_size",
+        "data.context",
+        "data.test_samples",
+    ):
+        block, key = path_of_key.split(".")
+        of_run = saved[block].get(key, given[block][key])  # an older dsaux did not have the key
+        if of_run != given[block][key]:
             raise ConfigError(
                 f"dsaux.{block}.{key} is {show(given[block][key])} but the run in {path} was trained with "
-                f"{show(saved[block][key])}. Evaluate it with its own configuration: --ds_config {path / CONFIG_FILE}"
+                f"{show(of_run)}. Evaluate it with its own configuration: --ds_config {path / CONFIG_FILE}"
             )
 
 

@@ -12,21 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from dsaux.checkpoint import CHECKPOINT_FOLDER, FoundCheckpoint, find_checkpoint, has_checkpoint, peek
-from dsaux.config import Config, Launch
+from dsaux.config import Config, Launch, default_value
 from dsaux.config_rules import ConfigError, show
+from dsaux.data import default_image_size
 from dsaux.metrics import CONFIG_FILE, RUNS_FOLDER
 
 LATEST = "latest"
 _MUST_AGREE = (
     "dsaux.model.name",
+    "dsaux.model.args",
     "dsaux.data.name",
     "dsaux.data.train_samples",
     "dsaux.data.image_size",
+    "dsaux.data.context",
     "dsaux.data.augment",
+    "dsaux.data.cutout",
+    "dsaux.data.rand_augment",
     "dsaux.run.seed",
 )
 """Keys without which the step of a checkpoint would mean another place in another stream of images."""
-_NO_MATTER = ("dsaux.run.name", "dsaux.run.checkpoint_every", "dsaux.run.keep", "dsaux.run.log_every")
+_IMAGE_SIZE = "dsaux.data.image_size"
+_NO_MATTER = tuple(
+    f"dsaux.run.{key}" for key in ("name", "checkpoint_every", "keep", "log_every", "profile_steps", "cuda_graphs")
+)
 
 
 @dataclass(frozen=True)
@@ -135,12 +143,12 @@ def check_start(start: Start, config: Config, launch: Launch, *, is_first: bool)
 
 
 def _check_agreement(content: Mapping[str, Any], config: Config, launch: Launch, *, source: Path) -> None:
-    saved, given = flat(content["config"]), flat(config.to_dict())
     for key in _MUST_AGREE:
-        if saved.get(key) != given.get(key):
+        given, saved = (_value(document, key) for document in (config.to_dict(), content["config"]))
+        if saved != given:
             raise ConfigError(
-                f"{key} is {show(given.get(key))} but {source} was trained with {show(saved.get(key))}; a run goes on "
-                f"with the same network and data. Set it to {show(saved.get(key))}, or start anew without --resume."
+                f"{key} is {show(given)} but {source} was trained with {show(saved)}; a run goes on with the same "
+                f"network and data. Set it to {show(saved)}, or start anew without --resume."
             )
     batch = content["train_batch_size"]
     if batch != launch.train_batch_size:
@@ -150,15 +158,29 @@ def _check_agreement(content: Mapping[str, Any], config: Config, launch: Launch,
         )
 
 
+def _value(document: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted path, blocks included; the default where a dsaux that did not have the key wrote it."""
+    value: Any = document
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            value = default_value(key)
+            break
+        value = value[part]
+    if key == _IMAGE_SIZE and value is None:  # older versions wrote the number
+        return default_image_size(_value(document, "dsaux.data.name"))
+    return list(value) if isinstance(value, tuple) else value
+
+
 def changes_since(content: Mapping[str, Any], config: Config) -> list[str]:
     """A sentence that names the keys which have other values than when the checkpoint was written; or none."""
     if "config" not in content:
         return []
-    saved, given = flat(content["config"]), flat(config.to_dict())
+    keys = {*flat(content["config"]), *flat(config.to_dict())}
+    pairs = {key: (_value(content["config"], key), _value(config.to_dict(), key)) for key in sorted(keys)}
     changed = [
-        f"{key} {show(saved.get(key))} to {show(given.get(key))}"
-        for key in sorted({*saved, *given})
-        if saved.get(key) != given.get(key) and key not in _NO_MATTER
+        f"{key} {show(saved)} to {show(given)}"
+        for key, (saved, given) in pairs.items()
+        if saved != given and key not in _NO_MATTER
     ]
     return [f"Changed since the checkpoint: {', '.join(changed)}."] if changed else []
 

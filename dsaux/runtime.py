@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import os
 import resource
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,9 +18,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from dsaux.config_rules import ConfigError
+from dsaux.launchers import rank_text, read_launch
+from dsaux.rendezvous import check_meeting_point, explain, meeting_point, time_limit
 
 if TYPE_CHECKING:  # takes seconds to import: what is wrong with the input is said before
     import torch
@@ -57,41 +62,31 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK as set by `deepspeed` or `torchrun`; without them this is the only process.
+        """Read what the launcher says of this process, and say it again in the names that everything else reads.
+
+        RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set where they are missing.
+        Under mpirun it is a collective call of all processes.
 
         Raises:
-            ConfigError: if the variables are incomplete or contradict each other, or Slurm started several tasks
-                that no launcher has joined.
+            ConfigError: if the variables are incomplete or contradict each other, or this process would train alone
+                although it was started as one of several.
         """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        given = {name: os.environ[name] for name in names if name in os.environ}
-        tasks = os.environ.get("SLURM_NTASKS", "1")
-        if not given:
-            if tasks.isdigit() and int(tasks) > 1 and "SLURM_PROCID" in os.environ:
-                raise ConfigError(
-                    f"Slurm started {tasks} tasks, but RANK, WORLD_SIZE and LOCAL_RANK are not set: each task would "
-                    "train alone. Start train.py with torchrun or the deepspeed launcher."
-                )
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
-            return cls(rank=0, local_rank=0, world_size=1, local_world_size=1, host=socket.gethostname())
-        missing = [name for name in names if name not in given]
-        if missing or not all(value.isdigit() for value in given.values()):
-            raise ConfigError(
-                f"the environment has {given} but needs RANK, WORLD_SIZE and LOCAL_RANK as whole numbers. Start "
-                "train.py with deepspeed or torchrun, or unset all three to train in one process."
-            )
-        rank, world_size, local_rank = (int(given[name]) for name in names)
-        if rank >= world_size:
-            raise ConfigError(f"RANK is {rank} but WORLD_SIZE is {world_size}; ranks go from 0 to {world_size - 1}.")
-        local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world_size)))
-        if not local.isdigit() or int(local) < 1:
-            raise ConfigError(
-                f"LOCAL_WORLD_SIZE (or LOCAL_SIZE) is {local!r}; it must be a whole number >= 1, the processes on this "
-                "host. Start train.py with deepspeed or torchrun, or unset it."
-            )
-        return cls(rank, local_rank, world_size, int(local), socket.gethostname())
+        process = read_launch(os.environ)
+        meeting_point(process, os.environ)
+        values = {
+            "RANK": process.rank,
+            "WORLD_SIZE": process.world_size,
+            "LOCAL_RANK": process.local_rank,
+            "LOCAL_WORLD_SIZE": process.local_world_size,
+        }
+        os.environ.update({name: str(value) for name, value in values.items()})
+        return cls(
+            rank=process.rank,
+            local_rank=process.local_rank,
+            world_size=process.world_size,
+            local_world_size=process.local_world_size,
+            host=socket.gethostname(),
+        )
 
 
 def share_cores(place: Place) -> int:
@@ -119,6 +114,9 @@ def start_process_group(timeout_s: float, *, quiet: bool = True) -> torch.device
 
     Returns:
         The device of this process.
+
+    Raises:
+        ConfigError: if the processes do not come together within the timeout, or this one has no device.
     """
     import deepspeed
     import torch
@@ -129,15 +127,35 @@ def start_process_group(timeout_s: float, *, quiet: bool = True) -> torch.device
         logger.setLevel("WARNING")
         # Its schedules ask themselves for a rate before the first step, and warn of it, in every run.
         logger.addFilter(lambda record: "before it has started" not in record.getMessage())
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(), timeout=timedelta(seconds=timeout_s), verbose=False
-    )
     local_rank = int(os.environ["LOCAL_RANK"])
+    _check_device(get_accelerator().device_name(), get_accelerator().device_count(), local_rank)
+    check_meeting_point(is_first=os.environ["RANK"] == "0")
+    try:
+        with time_limit(timeout_s, lambda error: _leave(f"error: {error}", EXIT_BAD_INPUT)):
+            deepspeed.init_distributed(
+                dist_backend=get_accelerator().communication_backend_name(),
+                timeout=timedelta(seconds=timeout_s),
+                verbose=False,
+            )
+    except Exception as error:
+        explained = explain(error, timeout_s=timeout_s)
+        if explained is None:
+            raise
+        raise explained from error
     get_accelerator().set_device(local_rank)
     if get_accelerator().device_name() == "cpu":
         torch.distributed.barrier()  # all ranks have opened each other's
         _unlink_shared_buffers()
     return torch.device(get_accelerator().device_name(local_rank))
+
+
+def _check_device(kind: str, count: int, local_rank: int) -> None:
+    if kind == "cuda" and local_rank >= count:
+        raise ConfigError(
+            f"this is process {local_rank + 1} of {socket.gethostname()}, but it sees {count} GPU{'s' * (count != 1)}. "
+            "Start as many processes as GPUs on each host, and let all of them see all GPUs (Slurm: --gpus-per-node, "
+            "not --gpus-per-task)."
+        )
 
 
 def _unlink_shared_buffers() -> None:
@@ -203,30 +221,42 @@ def run_and_exit(main: Callable[[], None]) -> None:
         if isinstance(error, SystemExit):
             raise
         from dsaux.checkpoint import CheckpointError
-        from dsaux.watch_rules import RunFailedError
+        from dsaux.watch_rules import DivergedError, RunFailedError
 
-        if isinstance(error, CheckpointError):  # of a disk, not of the program
+        if isinstance(error, (CheckpointError, DivergedError)):  # of a disk or of the training, not of the program
             _leave(f"error: {error}", EXIT_FAILED)
 
         if isinstance(error, RunFailedError):  # its text is the one story that all ranks tell
-            if error.__cause__ is not None:
+            if error.__cause__ is not None and not isinstance(error.__cause__, DivergedError):
                 traceback.print_exception(error.__cause__)
             _leave(f"error: {error}", EXIT_FAILED)
         traceback.print_exc()
         _leave(f"error: {type(error).__name__}: {error}", EXIT_FAILED)
+    _end()
+
+
+def _end() -> NoReturn:
+    """End a process that has done its work, with 0, as the interpreter does but for taking itself apart.
+
+    A thread in the background (the watch, a loader, communication) that returns from native code into an interpreter
+    that is half gone aborts the process with SIGABRT: a finished run would count as failed, now and then.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "mpi4py.MPI" in sys.modules:
+        # MPI's library signs off at mpirun in its exit handlers, although it is finalized: who ends without them counts
+        # as lost, and mpirun kills the others. With Python's lock held, no thread comes back into the interpreter.
+        ctypes.PyDLL(None).exit(0)
+    os._exit(0)
 
 
 def _leave(message: str, code: int) -> None:
-    rank = os.environ.get("RANK", "0")  # as text: it may be what is wrong
+    rank = rank_text(os.environ)  # as text: it may be what is wrong
     if rank != "0" and code in (EXIT_BAD_INPUT, EXIT_STOPPED):
         time.sleep(FIRST_RANK_HEAD_START_S)
     print(f"[rank {rank} on {socket.gethostname()}] {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: communication threads of a broken group could keep the interpreter from ending.
     os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,7 +9,8 @@ import os
 from typing import TYPE_CHECKING
 
 from dsaux.config_rules import ConfigError, show
-from dsaux.data import PADDING
+from dsaux.data import image_size, sample_counts, source_of
+from dsaux.data.augment import PADDING
 
 if TYPE_CHECKING:  # dsaux.config imports dsaux.launch_check, which imports this file
     from dsaux.config import Config, DataConfig
@@ -19,6 +20,7 @@ _MOST = {
     "aux.depth": (100, "a segment is a small network"),
     "aux.width": (100, "a segment is a small network"),
     "run.bn_batches": (10_000, "their average does not change any more"),
+    "run.profile_steps": (1000, "the trace of a rank would have gigabytes"),
     "run.timeout_s": (365 * 24 * 3600, "that is a year"),
 }
 _GIB = 2**30
@@ -51,10 +53,13 @@ def _check_workers(workers: int) -> None:
 
 def _check_images(data: DataConfig, *, memory_bytes: int | None) -> None:
     """Refuses images that the machine cannot hold; the training images are held with their padding as well."""
-    side, padded = data.image_size, data.image_size + 2 * PADDING
-    needed = 3 * (data.train_samples * (side**2 + padded**2) + data.test_samples * side**2)
+    if not source_of(data.name).keeps_images:
+        return
+    side, padded = image_size(data), image_size(data) + 2 * PADDING
+    train_samples, test_samples = sample_counts(data)
+    needed = 3 * (train_samples * (side**2 + padded**2) + test_samples * side**2)
     if memory_bytes is not None and needed > memory_bytes:
-        key = "train_samples" if data.train_samples >= data.test_samples else "test_samples"
+        key = "train_samples" if train_samples >= test_samples else "test_samples"
         raise ConfigError(
             f"dsaux.data.{key} is {show(getattr(data, key))}: the images of {side} x {side} pixels would take"
             f" {show(needed // _GIB)} GiB, but this machine has {memory_bytes // _GIB} GiB of memory. Lower it, or"

@@ -20,6 +20,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from dsaux.config import DsauxConfig
+from dsaux.watch_rules import DivergedError
 
 MOST_SKIPS_IN_A_ROW = 10
 """A run that skips more batches than this, one behind the other, has lost its weights: it stops."""
@@ -130,6 +131,13 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
         work = dist.all_reduce(flags, group=self.module.world_group, async_op=True) if self._has_peers() else None
         self._flag_work = work, flags
 
+    def _settle_flags(self) -> None:
+        """Wait for the flags under way; the next :meth:`_exchange_flags` finds them there."""
+        if self._flag_work is not None and self._flag_work[0] is not None:
+            work, flags = self._flag_work
+            work.wait()
+            self._flag_work = None, flags
+
     def _has_peers(self) -> bool:
         return int(dist.get_world_size()) > 1
 
@@ -168,7 +176,7 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
         """DeepSpeed's; a step that is left out counts, and the learning rate goes on, but no weight changes.
 
         Raises:
-            RuntimeError: if too many steps in a row were left out.
+            DivergedError: if too many steps in a row were left out.
         """
         if not self.is_skipped:
             self._skips_in_a_row = 0
@@ -179,7 +187,7 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
         self.skipped_steps += 1
         self._skips_in_a_row += 1
         if self._skips_in_a_row > MOST_SKIPS_IN_A_ROW:
-            raise RuntimeError(
+            raise DivergedError(
                 f"{self._skips_in_a_row} batches in a row gave a loss or a gradient that is not a finite number. Lower "
                 "optimizer.params.lr or set gradient_clipping, and go on from a checkpoint with --resume."
             )

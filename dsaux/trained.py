@@ -26,7 +26,7 @@ from dsaux.checkpoint import (
 )
 from dsaux.config import Config, load_config
 from dsaux.config_rules import ConfigError, suggestion
-from dsaux.data import ImageDataset, load_dataset, test_batches
+from dsaux.data import Dataset, load_dataset, test_batches
 from dsaux.launch_check import Launch
 from dsaux.metrics import CONFIG_FILE, METRICS_FILE
 from dsaux.model_file import ModelCard
@@ -58,7 +58,7 @@ class Trained:
         network: in eval mode, float32, on the CPU.
         card: what to know of it.
         config: the run's.
-        dataset: the run's images.
+        dataset: the run's samples.
         checkpoint: where the weights come from.
         recorded: the run's own evaluation of these weights; None if there is none on record.
         batchnorm: where BatchNorm's statistics come from, in words.
@@ -68,7 +68,7 @@ class Trained:
     network: Network
     card: ModelCard
     config: Config
-    dataset: ImageDataset
+    dataset: Dataset
     checkpoint: FoundCheckpoint
     recorded: Figures | None
     batchnorm: str
@@ -91,20 +91,8 @@ def load_trained(run_dir: Path, *, checkpoint: str | None = None, reestimate: bo
     config = _read_config(run_dir)
     found = find_checkpoint(run_dir if checkpoint is None else _named_checkpoint(run_dir, checkpoint))
     dataset = load_dataset(config.dsaux.data)
-    height, width, channels = dataset.train_images.shape[1:]
-    assert height == width, "data sets make square images"
-    card = ModelCard(
-        model=config.dsaux.model.name,
-        num_classes=dataset.num_classes,
-        in_channels=int(channels),
-        image_size=int(height),
-        mean=dataset.mean,
-        std=dataset.std,
-        classes=dataset.classes,
-        step=found.step,
-        dsaux_version=dsaux.__version__,
-    )
-    network = build_network(card.model, num_classes=card.num_classes, in_channels=card.in_channels)
+    card = _card_of(config, dataset, step=found.step)
+    network = build_network(config.dsaux.model, num_classes=card.num_classes, input_spec=dataset.input_spec)
     load_layers(network, found)
     warnings = list(found.skipped)
     is_drained = bool(found.content.get("is_drained", True))
@@ -113,13 +101,37 @@ def load_trained(run_dir: Path, *, checkpoint: str | None = None, reestimate: bo
     recorded = recorded_evaluation(run_dir, found.step) if is_drained else None
     is_evaluated = bool(found.content.get("is_evaluated", recorded is not None))
     batchnorm = "as saved, from the run's own evaluation" if is_evaluated else "as saved, from training"
-    if reestimate or (reestimate is None and not is_evaluated):
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        batchnorm = "none in this network"
+    elif reestimate or (reestimate is None and not is_evaluated):
         batches = config.dsaux.run.bn_batches
         reestimate_batchnorm(network, config, dataset, replicas=_replicas(found))
         batchnorm = f"estimated anew on {batches} batches of training images"
-    elif not is_evaluated and config.dsaux.pipeline.schedule != "1f1b":
+    elif not is_evaluated and config.dsaux.pipeline.schedule not in ("local", "1f1b"):
         warnings.append("BatchNorm's statistics are those of the AuxNet's outputs. Leave out --no-reestimate.")
     return Trained(network.eval(), card, config, dataset, found, recorded, batchnorm, tuple(warnings))
+
+
+def _card_of(config: Config, dataset: Dataset, *, step: int) -> ModelCard:
+    """What a file says of the network of a run."""
+    spec = dataset.input_spec
+    channels, height, width = (0, 0, 0) if spec.vocabulary else spec.shape
+    assert height == width, "data sets make square images"
+    return ModelCard(
+        model=config.dsaux.model.name,
+        num_classes=dataset.num_classes,
+        in_channels=channels,
+        image_size=height,
+        mean=dataset.mean,
+        std=dataset.std,
+        classes=dataset.classes,
+        step=step,
+        dsaux_version=dsaux.__version__,
+        shorter_side=dataset.shorter_side,
+        args=config.dsaux.model.args,
+        context=spec.shape[0] if spec.vocabulary else 0,
+        vocabulary=spec.vocabulary,
+    )
 
 
 def load_layers(network: Network, found: FoundCheckpoint) -> None:
@@ -165,7 +177,7 @@ def recorded_evaluation(run_dir: Path, step: int) -> Figures | None:
     return None
 
 
-def evaluate_alone(network: Network, dataset: ImageDataset, *, batch_size: int) -> Figures:
+def evaluate_alone(network: Network, dataset: Dataset, *, batch_size: int) -> Figures:
     """Evaluate a network over the whole test set in this process.
 
     Args:
@@ -184,7 +196,7 @@ def evaluate_alone(network: Network, dataset: ImageDataset, *, batch_size: int) 
     return Figures(top1=top1 / samples, loss=loss / samples, samples=int(samples))
 
 
-def reestimate_batchnorm(network: Network, config: Config, dataset: ImageDataset, *, replicas: int) -> None:
+def reestimate_batchnorm(network: Network, config: Config, dataset: Dataset, *, replicas: int) -> None:
     """Replace BatchNorm's running statistics as the run does before an evaluation, on the same images.
 
     A run averages over the batches of each replica and then over replicas: the average over all batches, as here.
@@ -200,7 +212,7 @@ def reestimate_batchnorm(network: Network, config: Config, dataset: ImageDataset
     stages, num_batches = config.dsaux.pipeline.stages, config.dsaux.run.bn_batches
     data = replace(config.dsaux.data, loader="torch", workers=0)
     config = replace(config, dsaux=replace(config.dsaux, data=data))
-    size = max(1, min(config.dsaux.run.eval_batch_size, len(dataset.train_labels) // replicas))
+    size = max(1, min(config.dsaux.run.eval_batch_size, dataset.num_train // replicas))
     launch = Launch(stages * replicas, stages, replicas, size * replicas, size, 1)
     network.eval()
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed
 
-from dsaux.assemble import batchnorm_stream, training_stream
+from dsaux.assemble import batchnorm_stream, node_group, training_stream
 from dsaux.checkpoint import CHECKPOINT_FOLDER, CheckpointError, FoundCheckpoint, keep_newest
 from dsaux.config import Config, ConfigError, Launch
-from dsaux.data import ImageDataset, test_batches
+from dsaux.data import Dataset, test_batches
 from dsaux.display import RunDisplay
 from dsaux.engine import AuxPipelineEngine
 from dsaux.engine_state import load_network
@@ -32,10 +32,17 @@ from dsaux.metrics import (
     ThroughputMeter,
 )
 from dsaux.partition import Partition
+from dsaux.profile_run import StepProfiler
 from dsaux.resume import changes_since
 from dsaux.runtime import Stopped, peak_memory_bytes, stop_signals
 from dsaux.watch import Watch
+from dsaux.watch_rules import DivergedError
 
+_MEND = (
+    "Lower optimizer.params.lr, set gradient_clipping (e.g. 5.0), or lengthen the warm-up; a smaller dsaux.aux.beta "
+    "can help as well."
+)
+"""What helps where a loss is no finite number."""
 WARMUP_STEPS = 5
 """Steps left out of the throughput: first allocations, the loader's start."""
 
@@ -57,7 +64,7 @@ class Trainer:
         config: the checked configuration.
         launch: processes, stages, replicas and batch sizes.
         engine: the engine of this rank.
-        dataset: the images.
+        dataset: what is trained on.
         partition: how the network is cut.
         folder: run folder; None on all ranks but 0.
         display: what a person sees; None on all ranks but 0.
@@ -70,7 +77,7 @@ class Trainer:
         launch: Launch,
         *,
         engine: AuxPipelineEngine,
-        dataset: ImageDataset,
+        dataset: Dataset,
         partition: Partition,
         folder: RunFolder | None,
         display: RunDisplay | None,
@@ -81,7 +88,8 @@ class Trainer:
         self.folder, self.display, self.watch = folder, display, watch
         replica = engine.grid.get_data_parallel_rank()
         common = {"dataset": dataset, "replica": replica, "device": engine.device}
-        self.stream = training_stream(config, launch, **common)
+        share = node_group(config, launch, replica=replica, stage=engine.stage_id)
+        self.stream = training_stream(config, launch, **common, share=share)
         self.batchnorm = batchnorm_stream(config, launch, **common)
         self.steps_per_epoch = self.stream.steps_per_epoch
         self.total_steps, _ = planned_steps(config, self.steps_per_epoch)
@@ -102,6 +110,9 @@ class Trainer:
         every = self.settings.run.checkpoint_every
         self.checkpoint_every = self.steps_per_epoch if every is None else every
         self.checkpoints = _checkpoint_folder(folder)
+        self.profile = self._make_profile(0)
+        if engine.stage_graphs is not None and folder is not None:
+            engine.stage_graphs.tell = self._warn
 
     def fit(self) -> Evaluation:
         """Train to the end, evaluate, save; returns the last evaluation.
@@ -112,8 +123,16 @@ class Trainer:
         started = time.perf_counter() - self.trained_s
         for text in self.config.settings_without_effect():
             self._warn(text)
+        digest = getattr(self.dataset, "digest", None)
+        if self.folder and digest is not None:  # another Python may have another text
+            self.folder.event("data", name=self.dataset.name, sha256=digest)
         result: Evaluation | None = None
-        with stop_signals(self.engine.request_stop) as signals:
+        if self.engine.is_local_schedule or self._reads_from_here():
+            self.stream.begin()
+        else:
+            self.stream.leave()
+        self.profile = self._make_profile(self.settings.run.profile_steps)
+        with stop_signals(self.engine.request_stop) as signals, self.profile:
             if self.step < self.total_steps and self._evaluation_is_due():  # the run was stopped just before it
                 result = self.evaluate()
             while self.step < self.total_steps:
@@ -125,6 +144,9 @@ class Trainer:
                     result = self.evaluate()
                 if self.checkpoint_every and self.step % self.checkpoint_every == 0 and self.step < self.total_steps:
                     self._save_on_the_way()
+            self.profile.finish()
+            if self.profile.is_due:
+                self._write_profile()
             if result is None or self.evaluated_at != self.step:
                 result = self.evaluate()
             self._save()
@@ -147,6 +169,8 @@ class Trainer:
             self.saved_at, self.saved_is_evaluated = found.step, bool(found.content.get("is_evaluated", False))
         if len(self.waited_s) != self.launch.stages:  # figures of other stages
             self.waited_s, self.local_s, self.mismatch, self.adjoint = [0.0] * self.launch.stages, 0.0, (), ()
+        if found.content["layout"]["schedule"] != self.engine.schedule_name:  # figures of another method
+            self.mismatch, self.adjoint = (), ()
         notes = [*self.engine.restored_notes, *changes_since(found.content, self.config)]
         # This rank's next batch, where batches were under way; else the stream is set with the step.
         self.stream.seek(self.engine.global_steps * self.launch.gradient_accumulation_steps)
@@ -163,6 +187,7 @@ class Trainer:
             reestimate: refresh BatchNorm's statistics first; False for a network that was saved with good ones.
         """
         self.watch.progress(activity="evaluation")
+        self.profile.interrupt()
         self.engine.drain()  # training time, not evaluation
         self.meter.pause()
         started = time.perf_counter()
@@ -187,12 +212,15 @@ class Trainer:
             samples=result.samples,
             seconds=time.perf_counter() - started,
             method=self.method,
+            unit=self.dataset.input_spec.unit,
         )
         if self.folder and self.display:
             self.folder.event("eval", **asdict(stats))
             self.display.evaluation(stats)
         self.evaluated_at = self.step
         self.meter.resume()
+        if not math.isfinite(result.loss):
+            self._report_divergence(result.loss)
         return result
 
     @property
@@ -230,9 +258,12 @@ class Trainer:
         if self._reads_from_here():
             self.stream.seek(self.step * self.launch.gradient_accumulation_steps)
         self.watch.progress(step=self.step + 1, activity="training step")
-        self.loss = self.engine.train_batch(self.stream)
+        with self.profile.step(self.step + 1):
+            self.loss = self.engine.train_batch(self.stream)
         self.step += 1
         self.meter.step(self.launch.train_batch_size)
+        if self.profile.is_due:
+            self._write_profile()
         log_is_due = self.step % self.settings.run.log_every == 0 or self.step == self.total_steps
         if log_is_due or self.engine.device.type == "cpu":
             self._check_finite()
@@ -245,7 +276,7 @@ class Trainer:
         return bool(every) and self.step > 0 and rest == 0 and epochs % every == 0 and self.evaluated_at != self.step
 
     def _reads_from_here(self) -> bool:
-        """Whether this rank's next batch is the one of this step; under `al` most stages have earlier ones to read."""
+        """Whether this rank's next batch is the one of this step; in a wavefront most stages have earlier ones."""
         if self.engine.is_local_schedule:
             return self.engine.wavefront.is_empty
         return bool(self.engine.is_first_stage() or self.engine.is_last_stage())
@@ -253,6 +284,8 @@ class Trainer:
     def _switch_to_exact(self) -> None:
         lr = self.settings.run.exact_lr
         self.engine.use_exact_schedule(lr=lr, num_steps=self.total_steps - self.step)
+        if not self._reads_from_here():
+            self.stream.leave()
         if self.folder and self.display:
             self.folder.event("exact", step=self.step, lr=lr)
             rate = "the present learning rate" if lr is None else f"learning rate {lr:g}"
@@ -262,13 +295,19 @@ class Trainer:
         if self.settings.run.nan == "skip":
             return
         faulty = self.engine.stage_faults.nonzero().flatten().tolist()
-        if faulty or not torch.isfinite(self.loss):
-            where = f", at stage {faulty[0]}," if faulty and torch.isfinite(self.loss) else ""
+        is_bad = self.engine.loss_is_known and not bool(torch.isfinite(self.loss))
+        if faulty or is_bad:
+            where = f", at stage {faulty[0]}," if faulty and not is_bad else ""
             value = "not a finite number" if where else str(self.loss.item())
-            raise RuntimeError(
-                f"the loss{where} is {value} in step {self.step}. Lower optimizer.params.lr, set gradient_clipping "
-                "(e.g. 5.0), or lengthen the warm-up; a smaller dsaux.aux.beta can help as well."
-            )
+            raise DivergedError(f"the loss{where} is {value} in step {self.step}. {_MEND}")
+
+    def _report_divergence(self, test_loss: float) -> None:
+        """A network that trains may yet score beyond all numbers: its last step was too large."""
+        story = f"the test loss is {test_loss} behind step {self.step}: the network has diverged. {_MEND}"
+        if self.settings.run.nan == "stop" and not self.is_loaded:
+            raise DivergedError(story)
+        if self.display:
+            self.display.message(f"warning: {story}")
 
     def _log(self, loss: torch.Tensor) -> None:
         gathered = self._gather_stages()
@@ -347,6 +386,23 @@ class Trainer:
         self.waited_s = [total + wait for total, wait in zip(self.waited_s, waits_s, strict=True)]
         return tuple(wait * steps / spent_s if spent_s > 0 else 0.0 for wait in waits_s)
 
+    # ---- profile ----------------------------------------------------------------------------------------------------
+
+    def _make_profile(self, num_steps: int) -> StepProfiler:
+        return StepProfiler(
+            self.engine, folder=self.checkpoints.parent, num_steps=num_steps, num_left=self.total_steps - self.step
+        )
+
+    def _write_profile(self) -> None:
+        self.watch.progress(activity="writing the profile")
+        self.meter.pause()
+        what = self.profile.describe()
+        self.profile.write()
+        self.meter.resume()
+        if self.folder and self.display and not self.profile.problems:
+            self.folder.event("profile", step=self.step, folder=str(self.profile.folder))
+            self.display.message(f"profile: {what}; python -m dsaux.profile {self.profile.folder.parent}")
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self) -> Path:
@@ -357,6 +413,7 @@ class Trainer:
         if self.step > 0 and hasattr(self, "loss"):
             self._check_finite()  # on a GPU the loss is not looked at in every step
         self.watch.progress(activity="saving a checkpoint")
+        self.profile.interrupt()
         self.meter.pause()
         started = time.perf_counter()
         self.engine.save_checkpoint(
@@ -421,6 +478,7 @@ class Trainer:
             bounds=list(self.partition.bounds),
             model=self.settings.model.name,
             data=self.settings.data.name,
+            unit=self.dataset.input_spec.unit,
         )
         self.folder.event("final", **asdict(final))
         self.display.final(final, str(self.folder.path))

@@ -1,20 +1,23 @@
-"""The one message between neighbouring stages: refreshed variables, one boundary up, a tick ahead. Used by the engine.
+"""The one message between neighbouring stages, over one boundary, a tick ahead. Used by the engine.
 
-Each boundary of each replica has a process group of its own. Stage k writes the refreshed variables of a batch into a
-`VariableSender` and starts to send; stage k-1 has posted its `VariableReceiver` before and reads them in its next tick:
+Under `al` refreshed variables go up, from stage k to stage k-1; under `local` what a stage has made goes down, from
+stage k to stage k+1. Each boundary of each replica has a process group of its own. A stage writes the variables of a
+batch into a `VariableSender` and starts to send; its neighbour has posted its `VariableReceiver` before and reads them
+in its next tick:
 
-    message    [ v of each micro-batch, float64 | lambda' of each micro-batch ]
+    message    [ v of each micro-batch, float64; 1 under local | lambda' or X of each micro-batch ]
 
-The receiver can't know the size of the first message before its own first forward pass: the size goes ahead of it,
+The receiver can't know the shape in the first message before its own first forward pass: the shape goes ahead of it,
 once, and the message itself is then received a tick late. The same code runs on gloo and on NCCL.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +26,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 TRANSPORTS = {"full": None, "bf16": torch.bfloat16}
-"""Values of `dsaux.aux.transport`: precision of lambda' on its way; None is float32, or the network's float64."""
+"""Values of `dsaux.aux.transport`: precision of the variables on their way; None is their own."""
 
 _SCALE_BYTES = 8
 _KEPT_EVENTS = 1000
+_LARGEST_AXES = 8
+_FULL = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
 class WaitMeter:
@@ -76,23 +81,24 @@ class _Message:
 
     Args:
         micro_batches: micro-batches in a batch.
-        numel: entries of one micro-batch's variable.
+        shape: of one micro-batch's variable.
         dtype: precision of the variables.
         device: where the message lives.
     """
 
-    def __init__(self, micro_batches: int, numel: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        head = micro_batches * _SCALE_BYTES
+    def __init__(self, micro_batches: int, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = tuple(shape)
+        head, numel = micro_batches * _SCALE_BYTES, math.prod(self.shape)
         self.bytes = torch.zeros(head + micro_batches * numel * dtype.itemsize, dtype=torch.uint8, device=device)
         self.scales = self.bytes[:head].view(torch.float64)
         self.variables = self.bytes[head:].view(dtype).view(micro_batches, numel)
 
 
 class VariableSender:
-    """Upper end of a boundary: sends the refreshed variables of a batch to the stage before.
+    """The end of a boundary that sends the variables of a batch to a neighbouring stage.
 
     Args:
-        peer: global rank of the stage before.
+        peer: global rank of that stage.
         group: process group of the two.
         micro_batches: micro-batches in a batch.
         transport: a name in `TRANSPORTS`.
@@ -106,33 +112,33 @@ class VariableSender:
         self._message: _Message | None = None
         self._works: list[Any] = []
 
-    def write(self, micro_batch: int, variable: Tensor, *, scale: Tensor | float) -> None:
-        """Put the refreshed variable of one micro-batch into the message.
+    def write(self, micro_batch: int, variable: Tensor, *, scale: Tensor | float = 1.0) -> None:
+        """Put the variable of one micro-batch into the message.
 
         Args:
             micro_batch: which one of the batch.
-            variable: ``lambda'_k``, shape (B, ...); the same number of entries in every batch.
-            scale: ``v_k`` that it was made with.
+            variable: ``lambda'_k`` or ``X_(k+1)``, shape (B, ...); the same number of entries in every batch.
+            scale: ``v_k`` that ``lambda'_k`` was made with.
 
         Raises:
             RuntimeError: if the batch has another shape than the first one.
         """
         if self._message is None:
             dtype = TRANSPORTS[self.transport] or variable.dtype
-            self._message = _Message(self.micro_batches, variable.numel(), dtype=dtype, device=variable.device)
-            size = torch.tensor([variable.numel(), dtype.itemsize], device=variable.device)
-            self._works.append(dist.isend(size, self.peer, group=self.group))
+            self._message = _Message(self.micro_batches, variable.shape, dtype=dtype, device=variable.device)
+            form = [dtype.itemsize, variable.ndim, *variable.shape, *[0] * (_LARGEST_AXES - variable.ndim)]
+            self._works.append(dist.isend(torch.tensor(form, device=variable.device), self.peer, group=self.group))
         target = self._message.variables[micro_batch]
         if target.numel() != variable.numel():
             raise RuntimeError(
                 f"a micro-batch has an auxiliary variable of shape {tuple(variable.shape)}, but the first one had "
                 f"{target.numel()} entries. Training batches must have one shape: drop the last, incomplete one."
             )
-        target.copy_(variable.reshape(-1))
+        target.view(variable.shape).copy_(variable)  # in the order of its indices, whatever its memory format
         self._message.scales[micro_batch] = scale
 
     def start(self) -> None:
-        """Start to send; pairs with :meth:`VariableReceiver.post` on the stage before."""
+        """Start to send; pairs with :meth:`VariableReceiver.post` on the other stage."""
         assert self._message is not None, "a schedule writes before it sends"
         self._works.append(dist.isend(self._message.bytes, self.peer, group=self.group))
         self.sent_bytes += self._message.bytes.numel()
@@ -145,10 +151,10 @@ class VariableSender:
 
 
 class VariableReceiver:
-    """Lower end of a boundary: receives the refreshed variables that the stage behind makes.
+    """The end of a boundary that receives the variables that a neighbouring stage makes.
 
     Args:
-        peer: global rank of the stage behind.
+        peer: global rank of that stage.
         group: process group of the two.
         micro_batches: micro-batches in a batch.
         transport: a name in `TRANSPORTS`.
@@ -164,12 +170,12 @@ class VariableReceiver:
         self._message: _Message | None = None
         self._readable: _Message | None = None
         self._came_early: _Message | None = None
-        self._size = torch.zeros(2, dtype=torch.int64, device=device)
+        self._form = torch.zeros(2 + _LARGEST_AXES, dtype=torch.int64, device=device)
         self._work: Any = None
 
     def post(self) -> None:
-        """Post the receive of the next message; pairs with :meth:`VariableSender.start` on the stage behind."""
-        tensor = self._size if self._message is None else self._message.bytes
+        """Post the receive of the next message; pairs with :meth:`VariableSender.start` on the other stage."""
+        tensor = self._form if self._message is None else self._message.bytes
         self._work = dist.irecv(tensor, self.peer, group=self.group)
 
     def wait(self) -> None:
@@ -179,45 +185,52 @@ class VariableReceiver:
             return
         self.meter.wait(self._work)
         if self._message is None:
-            numel, itemsize = self._size.tolist()
-            dtype = TRANSPORTS[self.transport] or {4: torch.float32, 8: torch.float64}[itemsize]
-            self._message = _Message(self.micro_batches, numel, dtype=dtype, device=self.device)
+            itemsize, axes, *sides = self._form.tolist()
+            dtype = TRANSPORTS[self.transport] or _FULL[itemsize]
+            self._message = _Message(self.micro_batches, sides[:axes], dtype=dtype, device=self.device)
             self.post()
             self.meter.wait(self._work)
         self._work, self._readable = None, self._message
 
-    def read(self, micro_batch: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The refreshed variable of one micro-batch and the scale that it was made with.
+    @property
+    def is_readable(self) -> bool:
+        """Whether a message has come, so that :meth:`read` finds one."""
+        return self._readable is not None
+
+    def read(self, micro_batch: int) -> tuple[Tensor, Tensor]:
+        """The variable of one micro-batch and the scale that it was made with.
 
         Args:
             micro_batch: which one of the batch.
-            like: ``X_(k+1)``, for the shape.
 
         Returns:
-            ``lambda'_(k+1)``, shape of `like`, in float32 or float64, and ``v_(k+1)``, a float64 scalar. Both may be
-            views of the message: as soon as the loss is computed the schedule posts the next receive, which writes
-            over them.
+            ``lambda'_(k+1)`` or ``X_k``, in the sender's shape, in float32 or float64, and ``v_(k+1)`` or 1, a float64
+            scalar. Both may be views of the message, which the next receive that the schedule posts writes over.
         """
         assert self._readable is not None, "a schedule waits before it reads"
         variable = self._readable.variables[micro_batch]
         if variable.dtype == torch.bfloat16:
             variable = variable.float()
-        return variable.view(like.shape), self._readable.scales[micro_batch]
+        return variable.view(self._readable.shape), self._readable.scales[micro_batch]
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """The message that the next tick reads, which is waited for; None where none is under way."""
+    def settle(self) -> None:
+        """Wait for the message under way; the next :meth:`wait` finds it there."""
         if self._work is not None:
             self.wait()
             self._came_early = self._readable
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The message that the next tick reads, which is waited for; None where none is under way."""
+        self.settle()
         message = self._came_early
         if message is None:
             return None
-        numel, dtype = message.variables.shape[1], message.variables.dtype
-        return {"numel": numel, "dtype": dtype, "bytes": message.bytes.cpu().clone()}
+        return {"shape": message.shape, "dtype": message.variables.dtype, "bytes": message.bytes.cpu().clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave: the next :meth:`wait` finds it there."""
-        message = _Message(self.micro_batches, state["numel"], dtype=state["dtype"], device=self.device)
+        shape = state["shape"] if "shape" in state else (state["numel"],)  # older checkpoints did not have it
+        message = _Message(self.micro_batches, shape, dtype=state["dtype"], device=self.device)
         message.bytes.copy_(state["bytes"])
         self._came_early = message
 

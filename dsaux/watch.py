@@ -47,8 +47,13 @@ SILENCE_S = 30.0
 """Without a sign of life for so long a rank on another host is gone; longer than any call that keeps Python's lock."""
 EXPLAIN_S = 8.0
 """How long a rank with a broken connection looks for the rank that broke it."""
-LINGER_S = 3.0
-"""How long the rank that failed, or that holds the store, waits until the others have read the cause."""
+LINGER_S = 10.0
+"""How long the rank that failed, or that holds the store, waits until the others have read the cause. They read every
+second, but a machine that is overloaded, or a virtual one that is halted, may hold one of them up for seconds."""
+REPLY_S = 0.5
+"""How long the store stays when all have left: without their answer PyTorch prints C++ traces behind the last line."""
+RECORD_S = 3.0
+"""How long the last record of a run may take: a full or absent disk must not keep a rank from ending."""
 STORE_ATTEMPTS = 5
 STALL_SHARE = 0.9
 """Share of the timeout after which a run hangs: before NCCL's own watchdog, which ends a process without a word."""
@@ -257,7 +262,7 @@ class Watch:
         if self._on_stop is not None:
             record = threading.Thread(target=self._on_stop, args=(cause.text,), daemon=True)
             record.start()
-            record.join(LINGER_S)  # a full or absent disk must not keep this rank from ending
+            record.join(RECORD_S)
         if self._place.rank in cause.ranks:
             frames = traceback.format_stack(main_thread_frames()[0])
             os.write(2, f"The main thread of rank {self._place.rank}:\n{''.join(frames)}".encode())
@@ -275,12 +280,7 @@ class Watch:
         if self._board is None:
             return
         now, rank = time.monotonic(), self._place.rank
-        deaf = [
-            seen.sign.rank
-            for seen in self._seen.values()
-            if seen.sign.is_done or self._is_alive(seen.sign) is False or now - seen.heard_at > SHORT_SILENCE_S
-        ]
-        listeners = self._place.world_size - len(deaf)
+        listeners = self._place.world_size - sum(not self._listens(seen, now=now) for seen in self._seen.values())
         # Who has not come yet finds the cause in the store, if that is still there.
         limit_s = LINGER_S if len(self._seen) == self._place.world_size else SILENCE_S
         key, target = ("left", listeners - 1) if rank == 0 else ("told", listeners if rank in cause.ranks else 0)
@@ -289,6 +289,14 @@ class Watch:
             while self._board.count(key, 0) < target and time.monotonic() - now < limit_s:
                 time.sleep(0.1)
             self._board.count("left", 1)
+            if rank == 0:
+                time.sleep(REPLY_S)  # the last one's count is in the store before the answer to it is out
+
+    def _listens(self, seen: Seen, *, now: float) -> bool:
+        """Whether a rank will read the cause: of this machine one that lives, late perhaps; else one heard lately."""
+        is_alive = self._is_alive(seen.sign)
+        is_heard = now - seen.heard_at <= SHORT_SILENCE_S
+        return not seen.sign.is_done and (is_heard if is_alive is None else is_alive)
 
     def _is_alive(self, sign: Sign) -> bool | None:
         is_here = self._own.machine and sign.machine == self._own.machine

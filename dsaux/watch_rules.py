@@ -11,6 +11,10 @@ from dsaux.runtime import EXIT_FAILED
 SHORT_SILENCE_S = 4.0
 """How long a rank may be silent where a broken connection has already said that somebody is gone."""
 
+STORE_LEAD_S = 2.0
+"""Rank 0, which keeps the store, stays until the others know why the run ends. Where it went at about the time of
+others, it was the first, and they left because of it. Signs are up to two seconds old."""
+
 _LONGEST_TEXT = 600
 _CONNECTION = re.compile(r"gloo|nccl|connection|broken pipe|socket|pair closure|timed? ?out", re.IGNORECASE)
 _TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
@@ -22,6 +26,10 @@ class RunFailedError(RuntimeError):
 
     `__cause__` is this rank's own error; None where another rank is to blame.
     """
+
+
+class DivergedError(RuntimeError):
+    """A loss, or too many of them in a row, is no finite number: the training's own doing, so the text says it all."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,18 @@ def describe(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     text, kind = " ".join(str(error).split())[:_LONGEST_TEXT], type(error).__name__
+    if isinstance(error, DivergedError):
+        return text
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or _MEMORY.search(text):
         mend = "Lower train_batch_size, or set pipeline.activation_checkpoint_interval to 1."
         return f"out of memory: {text.rstrip('.')}. {mend}" if text else f"out of memory. {mend}"
     return f"{kind}: {text}" if text else kind
+
+
+def headline(error: BaseException) -> str:
+    """Kind and first line of an error, for one whose whole text fills pages, as a compiler's."""
+    first = str(error).strip().partition("\n")[0].strip()
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -111,7 +127,7 @@ def is_timeout(error: BaseException) -> bool:
 def find_gone(
     others: Iterable[Seen], *, now: float, silence_s: float, is_alive: Callable[[Sign], bool | None]
 ) -> Cause | None:
-    """The rank whose process has ended without a word; of several the one that fell silent first.
+    """The rank whose process has ended without a word; of several the one that fell silent first, or rank 0.
 
     Args:
         others: the other ranks.
@@ -119,7 +135,11 @@ def find_gone(
         silence_s: how long a rank may be silent.
         is_alive: whether a rank's process exists; None if this process can't know.
     """
-    for seen in sorted(others, key=lambda seen: seen.heard_at):
+
+    def first(seen: Seen) -> float:
+        return seen.heard_at - (STORE_LEAD_S if seen.sign.rank == 0 else 0.0)
+
+    for seen in sorted(others, key=first):
         alive, silent_s = is_alive(seen.sign), now - seen.heard_at
         if seen.sign.is_done or alive:
             continue

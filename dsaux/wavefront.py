@@ -1,14 +1,16 @@
 """Which batch every stage treats in a tick, and where its data come from. Used by the engine.
 
-A call of `train_batch` lets one batch enter at the last stage. Under `al` stage k treats it K-1-k ticks later (a lag
-of one tick from stage to stage), so it reads its data later too. Three stages, four calls, a drain:
+A call of `train_batch` lets one batch enter. Under `al` it enters at the last stage, and stage k treats it K-1-k ticks
+later (a lag of one tick from stage to stage), so it reads its data later too. Three stages, four calls, a drain:
 
     call      0     1     2     3     drain
     stage 0   .     .     0     1     2     3
     stage 1   .     0     1     2     3     .
     stage 2   0     1     2     3     .     .
 
-Under `penalty` the lag is zero: all stages treat the batch that enters, and nothing is ever under way between calls.
+Under `local` the lag is -1: a batch enters at the first stage, and the drawing stands on its head, stage 2 in the place
+of stage 0. Under `penalty` the lag is zero: all stages treat the batch that enters, and nothing is ever under way
+between calls.
 """
 
 from __future__ import annotations
@@ -33,18 +35,18 @@ class Tick:
     steps: tuple[int | None, ...]
 
     @property
-    def has_new_batch(self) -> bool:
-        """Whether a batch has entered, that is whether the last stage has one."""
+    def has_loss(self) -> bool:
+        """Whether the last stage has a batch, so that a loss comes; under `al` and `penalty` the one that enters."""
         return self.steps[-1] is not None
 
 
 class Wavefront:
-    """Batches under way between the last stage, where they enter, and the first, where they leave.
+    """Batches under way between the stage where they enter, the last or the first, and the one where they leave.
 
     Args:
         num_stages: number of stages K.
         stage_id: this rank's stage k.
-        lag: ticks from a stage to the one before it: 1 under `al`, 0 under `penalty`.
+        lag: ticks from a stage to the one before it: 1 under `al`, 0 under `penalty`, -1 under `local`.
 
     Attributes:
         tick: number of the present tick, since the wavefront was last empty.
@@ -59,7 +61,13 @@ class Wavefront:
     @property
     def is_empty(self) -> bool:
         """Whether every stage has treated every batch that has entered."""
-        return self.num_batches == 0 or self.tick >= self.num_batches + self.lag * (self.num_stages - 1)
+        return self.num_batches == 0 or self.tick >= self.num_batches + abs(self.lag) * (self.num_stages - 1)
+
+    @property
+    def will_be_full(self) -> bool:
+        """Whether every stage has a batch in the tick that the next batch enters in."""
+        fill = abs(self.lag) * (self.num_stages - 1)
+        return fill == 0 or (not self.is_empty and self.tick >= fill)
 
     @property
     def num_unread(self) -> int:

@@ -39,7 +39,7 @@ class Plan:
     """A short run with many checkpoints.
 
     Attributes:
-        schedule: penalty, al or 1f1b.
+        schedule: penalty, al, local or 1f1b.
         world_size: processes.
         epochs: of 8 steps each.
         checkpoint_every: steps between checkpoints.
@@ -76,7 +76,9 @@ def main() -> int:
     """Run it; 1 if a kill was not survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how many (50)")
-    parser.add_argument("--schedule", choices=("penalty", "al", "1f1b"), default="al", help="schedule of the run (al)")
+    parser.add_argument(
+        "--schedule", choices=("penalty", "al", "local", "1f1b"), default="al", help="schedule of the run (al)"
+    )
     parser.add_argument("--stages", type=int, default=2, help="processes, one a stage (2)")
     parser.add_argument("--seed", type=int, default=0, help="of moments and ranks (0)")
     arguments = parser.parse_args()
@@ -228,7 +230,7 @@ def _differences(one: Path, other: Path) -> str:
     if first.step != second.step:
         return f"ended at step {second.step}, not at {first.step}"
     for name in first.files:
-        if name.startswith(("layer_", "aux_net")) and not _same(first.load(name), second.load(name)):
+        if name.startswith(("layer_", "aux_net", "head_")) and not _same(first.load(name), second.load(name)):
             return f"{name} differs from the undisturbed run's"
     return ""
 

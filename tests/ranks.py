@@ -6,15 +6,17 @@ two, not ten. A rank that fails ends the test at once, with its traceback; one t
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from dsaux.rendezvous import free_port
 
 PRELOADED = ["torch", "deepspeed", "dsaux.engine", "dsaux.bootstrap"]
 TIME_LIMIT_S = 180.0
@@ -24,7 +26,13 @@ class RankError(AssertionError):
     """A rank of the test raised, died or hung."""
 
 
-def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, time_limit_s: float = TIME_LIMIT_S) -> list[Any]:
+def run_ranks(
+    target: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    time_limit_s: float = TIME_LIMIT_S,
+    ends_early: bool = False,
+) -> list[Any]:
     """Call `target(*args)` in `world_size` processes joined by gloo; return the results in rank order.
 
     Args:
@@ -32,6 +40,8 @@ def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, time_limi
         world_size: number of ranks.
         args: picklable arguments, the same for every rank.
         time_limit_s: seconds until hanging ranks are ended.
+        ends_early: a rank's process ends with its own result, so that a rank which waits for it loses its peer, as it
+            does in a run; otherwise all live until the last one has its result.
 
     Raises:
         RankError: with the traceback of the first rank that failed.
@@ -41,8 +51,10 @@ def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, time_limi
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(sender, target, args, rank, world_size, port), daemon=True)
+        receiver, sender = context.Pipe()
+        process = context.Process(
+            target=_rank_main, args=(sender, target, args, rank, world_size, port, ends_early), daemon=True
+        )
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -50,18 +62,13 @@ def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, time_limi
     try:
         return _collect(pipes, world_size, deadline=time.monotonic() + time_limit_s)
     finally:
+        for pipe in pipes:
+            pipe.close()
         for process in processes:
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
                 process.join()
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _collect(pipes: list[Connection], world_size: int, *, deadline: float) -> list[Any]:
@@ -84,7 +91,13 @@ def _collect(pipes: list[Connection], world_size: int, *, deadline: float) -> li
 
 
 def _rank_main(
-    sender: Connection, target: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int
+    sender: Connection,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    ends_early: bool,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -105,6 +118,8 @@ def _rank_main(
         sender.send(("value", target(*args)))
     except BaseException:  # it is reported to the test, whatever it is
         sender.send(("error", traceback.format_exc()))
-    sender.close()
+    with contextlib.suppress(EOFError, OSError):
+        if not ends_early:
+            sender.recv()  # until all have reported: what this rank's end would break may be under way on another
     sys.stdout.flush()
     os._exit(0)

@@ -14,7 +14,7 @@ from dsaux.bootstrap import initialize
 from dsaux.engine import AuxPipelineEngine
 from dsaux.module import AuxPipelineModule
 from tests.ranks import run_ranks
-from tests.small_net import batches, small_aux_net, small_config, small_layers
+from tests.small_net import batches, small_aux_net, small_config, small_heads, small_layers
 
 GLOBAL_BATCH = 16
 
@@ -25,7 +25,7 @@ class Case:
 
     Attributes:
         bounds: K+1 layer indices.
-        schedule: penalty, al or 1f1b.
+        schedule: penalty, al, local or 1f1b.
         replicas: data-parallel replicas.
         accumulation: micro-batches in a step.
         steps: optimizer steps.
@@ -77,13 +77,14 @@ class Case:
 
 def build(case: Case) -> AuxPipelineEngine:
     """This rank's engine for a case."""
-    has_aux = case.schedule != "1f1b" and case.num_stages > 1
+    has_aux = case.schedule not in ("local", "1f1b") and case.num_stages > 1
     module = AuxPipelineModule(
         small_layers(),
         num_stages=case.num_stages,
         bounds=case.bounds,
         loss_fn=cross_entropy,
         aux_net=small_aux_net(list(case.bounds)) if has_aux else None,
+        local_heads=small_heads(list(case.bounds)) if case.schedule == "local" else None,
         **case.module_options,
     ).to(case.dtype)
     engine, _, _, _ = initialize(model=module, config=case.document())
@@ -119,12 +120,19 @@ def trained(cases: dict[str, Case], world_size: int) -> dict[str, list[dict[str,
 
 
 def weights(engine: AuxPipelineEngine) -> dict[str, Any]:
-    """Weights of this rank as numpy arrays: the stage's by (layer index, name), the AuxNet's by name."""
+    """Weights of this rank as numpy arrays: the stage's by (layer index, name), AuxNet's and local head's by name."""
     first = engine.module._local_start
     stage = {}
     for name, parameter in engine.module.named_parameters():
+        if name.startswith("local_head."):
+            continue
         index, inner = name.split(".", 1)
         stage[int(index), inner] = parameter.detach().to(torch.float64).cpu().numpy()
     assert all(index >= first for index, _ in stage)
     aux = {} if engine.aux.net is None else engine.aux.net.state_dict()
-    return {"stage": stage, "aux": {name: tensor.detach().cpu().numpy() for name, tensor in aux.items()}}
+    head = {} if engine.module.local_head is None else engine.module.local_head.state_dict()
+    parts = {"aux": aux, "head": head}
+    return {"stage": stage} | {
+        part: {name: tensor.detach().to(torch.float64).cpu().numpy() for name, tensor in its.items()}
+        for part, its in parts.items()
+    }

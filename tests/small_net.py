@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsaux.models import Layer, boundary_shapes
+from dsaux.models import Layer, boundary_specs
 from dsaux.models.auxnet import AuxNet, build_aux_net
+from dsaux.models.local_heads import build_local_heads
 
 INPUT_SHAPE = (3, 8, 8)
 NUM_CLASSES = 5
@@ -26,8 +27,14 @@ def small_layers() -> list[Layer]:
 
 def small_aux_net(bounds: list[int], *, seed: int = 0) -> AuxNet:
     """The AuxNet for some cut of :func:`small_layers`."""
-    after = boundary_shapes(small_layers(), input_shape=INPUT_SHAPE)
-    return build_aux_net([INPUT_SHAPE, *(after[bound - 1] for bound in bounds[1:-1])], seed=seed)
+    after = boundary_specs(small_layers(), input_spec=INPUT_SHAPE)
+    return build_aux_net([INPUT_SHAPE, *(after[bound - 1].shape for bound in bounds[1:-1])], seed=seed)
+
+
+def small_heads(bounds: list[int], *, seed: int = 0) -> list[nn.Module]:
+    """The local heads for some cut of :func:`small_layers`."""
+    after = boundary_specs(small_layers(), input_spec=INPUT_SHAPE)
+    return build_local_heads([after[bound - 1] for bound in bounds[1:-1]], scores=after[-1], seed=seed)
 
 
 def small_config(*, stages: int, batch: int, accumulation: int, **changes: Any) -> dict[str, Any]:

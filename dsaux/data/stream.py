@@ -8,16 +8,15 @@ with 2 replicas x 3 micro-batches:
     global batch    |------------- replica 0 ------------|------------- replica 1 ------------|
     micro-batches   |     0     |     1     |     2      |     0     |     1     |     2      |
 
-The same image is thus augmented in the same way whatever the number of replicas and micro-batches. A loader
-(dali.py, torch_loader.py) is given a `LoaderJob`: images, and a plan that says for any position which rows,
-crops and flips make up its batch.
+The same image is thus augmented in the same way whatever the number of replicas and micro-batches. A data set makes a
+loader for a plan, which says for any position which samples make up its batch and what was drawn for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -25,29 +24,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsaux.config_rules import ConfigError, show
-from dsaux.data import PADDING, ImageDataset, refuse_dali_workers, require_dali
+from dsaux.data import refuse_dali_workers, require_dali
+from dsaux.data.augment import Augmentation, Draws
+from dsaux.models.shapes import SampleSpec
+
+if TYPE_CHECKING:  # node_share.py imports this file
+    from dsaux.data.node_share import NodeGroup
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Inputs, float32 (B, C, H, W), normalised, and labels, int64 (B,)."""
+"""Inputs, for images float32 (B, C, H, W), normalised, and labels, int64 (B,), below 0 for padding."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one batch is made of; all arrays have shape (B,).
+    """What one batch is made of.
 
     Attributes:
-        indices: images, by index.
-        top: first row of the crop.
-        left: first column of the crop.
-        flip: whether the crop is mirrored from left to right.
-        labels: labels, below 0 for padding.
+        indices: samples of the data set, by index; shape (B,).
+        is_real: False for the padding of an evaluation's last batch; shape (B,).
+        draws: how each is augmented, by name; the first axis is the sample.
     """
 
     indices: NDArray[np.int64]
-    top: NDArray[np.int64]
-    left: NDArray[np.int64]
-    flip: NDArray[np.bool_]
-    labels: NDArray[np.int64]
+    is_real: NDArray[np.bool_]
+    draws: Draws
+
+    def labels(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Labels of the samples, -1 for padding.
+
+        Args:
+            labels: of the whole data set.
+        """
+        return np.where(self.is_real, labels[self.indices], -1)
 
 
 class Plan(Protocol):
@@ -58,27 +66,106 @@ class Plan(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How batches are made, whatever they hold.
+
+    Attributes:
+        name: loader, "dali" or "torch".
+        batch_size: samples in a batch.
+        device: where the batches are put.
+        workers: worker processes of the torch loader; 0 loads in this process.
+    """
+
+    name: str
+    batch_size: int
+    device: torch.device
+    workers: int = 0
+
+
+class Dataset(Protocol):
+    """What is trained on.
+
+    Attributes:
+        name: name of the data set.
+        num_classes: number of classes.
+        classes: their names in the order of the labels; None where they have none.
+        input_spec: what one sample of a batch is.
+        num_train: samples to train on.
+        num_test: samples to test with.
+        mean: what was subtracted from each channel, in units of 0 .. 255.
+        std: what each channel was divided by after that.
+        shorter_side: what the shorter side of a test image is resized to before its middle is cut out; None where
+            test images have the network's size.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def input_spec(self) -> SampleSpec: ...
+
+    @property
+    def num_train(self) -> int: ...
+
+    @property
+    def num_test(self) -> int: ...
+
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+    @property
+    def shorter_side(self) -> int | None: ...
+
+    def augmentation(self, *, is_on: bool) -> Augmentation:
+        """What is drawn for a training sample, or for one that is taken as it is."""
+        ...
+
+    def train_loader(self, plan: Plan, settings: LoaderSettings, *, augment: bool) -> Loader:
+        """Makes the batches of a plan over the training samples."""
+        ...
+
+    def test_loader(self, plan: Plan, settings: LoaderSettings) -> Loader:
+        """Makes the batches of a plan over the test samples."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class LoaderJob:
-    """All that a loader needs to know.
+    """All that a loader of images in memory needs to know.
 
     Attributes:
         images: uint8, shape (N, H + margin, W + margin, C).
+        labels: int64, shape (N,).
         plan: what each batch is made of.
         batch_size: images in each batch.
         margin: rows and columns by which the images are larger than the crops.
         mean: per channel, in units of 0 .. 255.
         std: per channel, in units of 0 .. 255.
         device: where the batches are put.
+        cutout: whether boxes are drawn that are to be greyed out.
+        rand_augment: whether maps of colours and places are drawn.
     """
 
     images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
     plan: Plan
     batch_size: int
     margin: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     device: torch.device
+    cutout: bool = False
+    rand_augment: bool = False
 
     @property
     def crop(self) -> tuple[int, int]:
@@ -108,7 +195,7 @@ class ReplicaStream:
     The incomplete last batch of an epoch is dropped. The loader starts with the first micro-batch.
 
     Args:
-        dataset: the images.
+        dataset: what to train on.
         loader: "dali" or "torch".
         seed: order and augmentation are drawn from this and the epoch.
         replica: which replica, 0 .. num_replicas - 1.
@@ -118,6 +205,7 @@ class ReplicaStream:
         device: where the batches are put.
         workers: worker processes of the torch loader; 0 loads in this process.
         augment: random crops and flips; without, the images come as they are, but in random order still.
+        share: the ranks of this replica on this host, of which one makes the batches for all; None makes them here.
 
     Attributes:
         steps_per_epoch: whole global batches in the training set.
@@ -130,7 +218,7 @@ class ReplicaStream:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Dataset,
         *,
         loader: str,
         seed: int,
@@ -141,29 +229,26 @@ class ReplicaStream:
         device: torch.device | str,
         workers: int = 0,
         augment: bool = True,
+        share: NodeGroup | None = None,
     ) -> None:
         _check_share(replica, num_replicas=num_replicas)
         plan = TrainPlan(
-            dataset.train_labels,
+            dataset.num_train,
+            augmentation=dataset.augmentation(is_on=augment),
             seed=seed,
             replica=replica,
             num_replicas=num_replicas,
             micro_batch_size=micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
-            augment=augment,
         )
         self.steps_per_epoch = plan.steps_per_epoch
         self.micro_batches_per_epoch = plan.micro_batches_per_epoch
-        job = LoaderJob(
-            images=dataset.padded_train_images if augment else dataset.train_images,
-            plan=plan,
-            batch_size=micro_batch_size,
-            margin=2 * PADDING if augment else 0,
-            mean=dataset.mean,
-            std=dataset.std,
-            device=torch.device(device),
-        )
-        self._loader = make_loader(loader, job, workers=workers)
+        settings = LoaderSettings(known_loader(loader), micro_batch_size, torch.device(device), workers)
+        self._loader: Loader
+        if share is None:
+            self._loader = dataset.train_loader(plan, settings, augment=augment)
+        else:
+            self._loader = _shared_loader(share, dataset=dataset, plan=plan, settings=settings, augment=augment)
         self._position = 0
 
     @property
@@ -183,8 +268,18 @@ class ReplicaStream:
             self._loader.seek(position)
             self._position = position
 
+    def begin(self) -> None:
+        """Say where this rank will read first; ranks that share a host's batches wait for each other's word."""
+        if hasattr(self._loader, "begin"):
+            self._loader.begin()
+
+    def leave(self) -> None:
+        """Read no more: no rank that shares a host's batches has to wait for this one."""
+        if hasattr(self._loader, "leave"):
+            self._loader.leave()
+
     def close(self) -> None:
-        """End the loader's threads and processes; reading on starts them again."""
+        """End the loader's threads and processes; reading on starts them again, unless the batches are shared."""
         self._loader.close()
         self._loader.seek(self._position)
 
@@ -202,14 +297,14 @@ class TestBatches:
 
     __test__ = False  # not a test of pytest's
 
-    def __init__(self, job: LoaderJob, *, loader: str, num_batches: int) -> None:
-        self._job, self._loader, self._num_batches = job, loader, num_batches
+    def __init__(self, make_loader: Callable[[], Loader], *, num_batches: int) -> None:
+        self._make_loader, self._num_batches = make_loader, num_batches
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        loader = make_loader(self._loader, self._job, workers=0)
+        loader = self._make_loader()
         try:
             for _ in range(self._num_batches):
                 yield loader.load()
@@ -218,7 +313,7 @@ class TestBatches:
 
 
 def test_batches(
-    dataset: ImageDataset,
+    dataset: Dataset,
     *,
     loader: str,
     replica: int,
@@ -246,41 +341,38 @@ def test_batches(
         ConfigError: if the loader is unknown or not installed.
     """
     _check_share(replica, num_replicas=num_replicas)
-    if batch_size < 1 or not len(dataset.test_labels):
+    if batch_size < 1 or not dataset.num_test:
         raise ValueError(
-            f"batch_size is {batch_size} and the test set has {len(dataset.test_labels)} images; both must "
-            "be at least 1."
+            f"batch_size is {batch_size} and the test set has {dataset.num_test} samples; both must be at least 1."
         )
-    share = -(-len(dataset.test_labels) // num_replicas)
-    plan = TestPlan(dataset.test_labels, start=replica * share, share=share, batch_size=min(batch_size, share))
-    job = LoaderJob(
-        images=dataset.test_images,
-        plan=plan,
-        batch_size=plan.batch_size,
-        margin=0,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=torch.device(device),
+    share = -(-dataset.num_test // num_replicas)
+    plan = TestPlan(
+        dataset.num_test,
+        augmentation=dataset.augmentation(is_on=False),
+        start=replica * share,
+        share=share,
+        batch_size=min(batch_size, share),
     )
-    return TestBatches(job, loader=_known(loader), num_batches=plan.num_batches)
+    settings = LoaderSettings(known_loader(loader), plan.batch_size, torch.device(device))
+    return TestBatches(lambda: dataset.test_loader(plan, settings), num_batches=plan.num_batches)
 
 
 test_batches.__test__ = False  # type: ignore[attr-defined]  # not a test of pytest's
 
 
 class TrainPlan:
-    """Order, crops and flips of the training images; arguments as for `ReplicaStream`."""
+    """Order and augmentation of the training samples; arguments as for `ReplicaStream`."""
 
     def __init__(
         self,
-        labels: NDArray[np.int64],
+        num_samples: int,
         *,
+        augmentation: Augmentation,
         seed: int,
         replica: int,
         num_replicas: int,
         micro_batch_size: int,
         micro_batches_per_step: int,
-        augment: bool,
     ) -> None:
         if micro_batch_size < 1 or micro_batches_per_step < 1:
             raise ValueError(
@@ -288,19 +380,19 @@ class TrainPlan:
                 " both must be at least 1."
             )
         global_batch = micro_batch_size * micro_batches_per_step * num_replicas
-        self.steps_per_epoch = len(labels) // global_batch
+        self.steps_per_epoch = num_samples // global_batch
         self.micro_batches_per_epoch = self.steps_per_epoch * micro_batches_per_step
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"the training set has {len(labels)} images, fewer than one global batch of {global_batch} "
+                f"the training set has {num_samples} samples, fewer than one global batch of {global_batch} "
                 f"(micro-batch size {micro_batch_size} x micro-batches {micro_batches_per_step} x replicas "
-                f"{num_replicas}), so an epoch has no step. Take more images or a smaller batch."
+                f"{num_replicas}), so an epoch has no step. Take more samples or a smaller batch."
             )
-        self._labels, self._seed, self._augment = labels, seed, augment
+        self._num_samples, self._seed, self._augmentation = num_samples, seed, augmentation
         self._global_batch, self._micro_batch_size = global_batch, micro_batch_size
         self._micro_batches_per_step = micro_batches_per_step
         self._first = replica * micro_batch_size * micro_batches_per_step
-        self._drawn: tuple[int, Rows] | None = None
+        self._drawn: tuple[int, NDArray[np.int64], Draws] | None = None
 
     def rows(self, position: int) -> Rows:
         """Returns the rows of micro-batch `position` of the run."""
@@ -308,47 +400,37 @@ class TrainPlan:
         step, micro_batch = divmod(within, self._micro_batches_per_step)
         start = step * self._global_batch + self._first + micro_batch * self._micro_batch_size
         part = slice(start, start + self._micro_batch_size)
-        whole = self._epoch(epoch)
-        return Rows(whole.indices[part], whole.top[part], whole.left[part], whole.flip[part], whole.labels[part])
+        indices, draws = self._epoch(epoch)
+        indices = indices[part]
+        return Rows(indices, np.ones(len(indices), dtype=np.bool_), {name: draw[part] for name, draw in draws.items()})
 
-    def _epoch(self, epoch: int) -> Rows:
-        """All rows of an epoch; the last one drawn is kept."""
-        drawn = self._drawn
-        if drawn is None or drawn[0] != epoch:
-            drawn = epoch, self._draw(epoch)
-            self._drawn = drawn
-        return drawn[1]
-
-    def _draw(self, epoch: int) -> Rows:
-        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
-        count = len(self._labels)
-        indices = rng.permutation(count)
-        top, left = rng.integers(0, 2 * PADDING, size=(2, count), endpoint=True)
-        flip = rng.random(count) < 0.5
-        if not self._augment:
-            top, left, flip = np.zeros_like(top), np.zeros_like(left), np.zeros_like(flip)
-        return Rows(indices, top, left, flip, self._labels[indices])
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], Draws]:
+        """Order and draws of an epoch; the last one drawn is kept."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
+            self._drawn = epoch, rng.permutation(self._num_samples), self._augmentation.draw(rng, self._num_samples)
+        return self._drawn[1:]
 
 
 class TestPlan:
-    """A contiguous share of the test images, filled up to whole batches; past the end it starts anew."""
+    """A contiguous share of the test samples, filled up to whole batches; past the end it starts anew."""
 
     __test__ = False  # not a test of pytest's
 
-    def __init__(self, labels: NDArray[np.int64], *, start: int, share: int, batch_size: int) -> None:
+    def __init__(
+        self, num_samples: int, *, augmentation: Augmentation, start: int, share: int, batch_size: int
+    ) -> None:
         self.batch_size = batch_size
         self.num_batches = -(-share // batch_size)
-        self._labels, self._start, self._stop = labels, start, min(start + share, len(labels))
+        self._start, self._stop = start, min(start + share, num_samples)
+        self._draws = augmentation.draw(np.random.default_rng(0), batch_size)
 
     def rows(self, position: int) -> Rows:
         """Returns the rows of batch `position`."""
         first = self._start + position % self.num_batches * self.batch_size
         numbers = np.arange(first, first + self.batch_size)
         real = numbers < self._stop
-        indices = np.where(real, numbers, 0)
-        labels = np.where(real, self._labels[indices], -1)
-        zeros = np.zeros_like(indices)
-        return Rows(indices, zeros, zeros, np.zeros(len(indices), dtype=np.bool_), labels)
+        return Rows(np.where(real, numbers, 0), real, self._draws)
 
 
 def make_loader(name: str, job: LoaderJob, *, workers: int) -> Loader:
@@ -357,15 +439,36 @@ def make_loader(name: str, job: LoaderJob, *, workers: int) -> Loader:
     Raises:
         ConfigError: if the name is unknown, the loader is not installed, or it has no worker processes.
     """
-    return _LOADERS[_known(name)](job, workers)
+    return _LOADERS[known_loader(name)](job, workers)
 
 
-def _known(name: str) -> str:
+def known_loader(name: str) -> str:
+    """The name of a loader, if there is one of it here.
+
+    Raises:
+        ConfigError: if the name is unknown or the loader is not installed.
+    """
     if name not in _LOADERS:
         raise ConfigError(f"dsaux.data.loader is {show(name)}; it must be one of {', '.join(_LOADERS)}. Change it.")
     if name == "dali":
         require_dali()
     return name
+
+
+def _shared_loader(
+    share: NodeGroup, *, dataset: Dataset, plan: Plan, settings: LoaderSettings, augment: bool
+) -> Loader:
+    from dsaux.data.node_share import BatchForm, SharedLoader
+
+    spec = dataset.input_spec
+    form = BatchForm(spec, spec.shape if spec.vocabulary else (), settings.batch_size)
+    on_cpu = replace(settings, device=torch.device("cpu"))
+    return SharedLoader(
+        share,
+        form=form,
+        make_loader=lambda: dataset.train_loader(plan, on_cpu, augment=augment),
+        device=settings.device,
+    )
 
 
 def _make_dali_loader(job: LoaderJob, workers: int) -> Loader:

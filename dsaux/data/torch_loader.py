@@ -3,13 +3,15 @@
 stream.py picks it by name. A crop is a view into the padded image, so a batch is one gather out of
 
     windows[image, top, left] -> (C, H, W)
+
+The rest, colours, normalisation, places and Cutout, is done on the job's device; on the CPU worker processes do it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -18,10 +20,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dsaux.data.apply import erase, recolour, warp
+from dsaux.data.augment import Draws
 from dsaux.data.stream import Batch, LoaderJob
 
 WORKER_TIMEOUT_S = 120
 """A worker that is silent for so long is taken for hung. One that dies is noticed at once."""
+
+
+class NormalisedJob(Protocol):
+    """What is known of any job whose samples are images.
+
+    Attributes:
+        mean: per channel, in units of 0 .. 255.
+        std: per channel, in units of 0 .. 255.
+        device: where the batches are put.
+    """
+
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class InProcessLoader:
@@ -29,10 +52,11 @@ class InProcessLoader:
 
     Args:
         job: what to load.
+        samples: its batches by position, before they are normalised; None takes those of images in memory.
     """
 
-    def __init__(self, job: LoaderJob) -> None:
-        self._crops, self._normalise = _Crops(job), _Normalise(job)
+    def __init__(self, job: NormalisedJob, *, samples: Dataset[Cropped] | None = None) -> None:
+        self._crops, self._finish = samples or _crops_of(job), _Finish(job)
         self._position = 0
 
     def seek(self, position: int) -> None:
@@ -43,7 +67,7 @@ class InProcessLoader:
         """Returns the next batch."""
         batch = self._crops[self._position]
         self._position += 1
-        return self._normalise(batch)
+        return self._finish(*batch)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -55,13 +79,18 @@ class WorkerLoader:
     Args:
         job: what to load.
         workers: number of worker processes, at least 1.
+        samples: its batches by position, before they are normalised; None takes those of images in memory.
     """
 
-    def __init__(self, job: LoaderJob, *, workers: int) -> None:
-        self._crops, self._normalise = _Crops(job), _Normalise(job)
+    def __init__(self, job: NormalisedJob, *, workers: int, samples: Dataset[Cropped] | None = None) -> None:
+        crops, finish = samples or _crops_of(job), _Finish(job)
         self._workers, self._pinned = workers, job.device.type == "cuda"
+        # What is drawn beyond crops is work for the workers; else bytes cost less on their way than float32.
+        in_workers = job.device.type == "cpu" and isinstance(job, LoaderJob) and (job.rand_augment or job.cutout)
+        self._dataset: Dataset[Any] = _Finished(crops, finish) if in_workers else crops
+        self._finish = None if in_workers else finish
         self._position = 0
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Any] | None = None
 
     def seek(self, position: int) -> None:
         """Go on at this position with new workers."""
@@ -88,15 +117,16 @@ class WorkerLoader:
             self.close()  # else PyTorch raises the death of a worker again with every child process that ends
             raise
         self._position += 1
-        return self._normalise(batch)
+        inputs, labels = batch if self._finish is None else self._finish(*batch)
+        return inputs, labels
 
     def close(self) -> None:
         """End the workers."""
         self._batches = None  # PyTorch ends them with their iterator
 
-    def _data_loader(self) -> DataLoader[Batch]:
+    def _data_loader(self) -> DataLoader[Any]:
         return DataLoader(
-            self._crops,
+            self._dataset,
             batch_size=None,  # the sampler's item is the position of a whole batch
             sampler=_PositionsFrom(self._position),
             num_workers=self._workers,
@@ -118,28 +148,60 @@ class _PositionsFrom(Sampler[int]):
         return itertools.count(self._start)
 
 
-class _Crops(Dataset[Batch]):
-    """The batches of a job by position: crops as uint8 (B, C, H, W), and labels."""
+Cropped: TypeAlias = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Crops as uint8 (B, C, H, W), labels, and the draws that are yet to be applied."""
+
+_LATER_DRAWS = ("colour", "warp", "erased")
+
+
+def _crops_of(job: NormalisedJob) -> Dataset[Cropped]:
+    assert isinstance(job, LoaderJob), "another job brings its samples"
+    return _Crops(job)
+
+
+class _Crops(Dataset[Cropped]):
+    """The crops of a job by the position of their batch."""
 
     def __init__(self, job: LoaderJob) -> None:
-        self._images, self._plan, self._crop = job.images, job.plan, job.crop
+        self._images, self._labels, self._plan, self._crop = job.images, job.labels, job.plan, job.crop
 
-    def __getitem__(self, position: int) -> Batch:
+    def __getitem__(self, position: int) -> Cropped:
         rows = self._plan.rows(position)
         windows: NDArray[Any] = sliding_window_view(self._images, self._crop, axis=(1, 2))
-        crops = np.ascontiguousarray(windows[rows.indices, rows.top, rows.left])
-        crops[rows.flip] = crops[rows.flip, ..., ::-1]
-        return torch.from_numpy(crops), torch.tensor(rows.labels)
+        flip = rows.draws["flip"]
+        crops = np.ascontiguousarray(windows[rows.indices, rows.draws["top"], rows.draws["left"]])
+        crops[flip] = crops[flip, ..., ::-1]
+        later = {name: torch.tensor(rows.draws[name]) for name in _LATER_DRAWS if name in rows.draws}
+        return torch.from_numpy(crops), torch.tensor(rows.labels(self._labels)), later
 
 
-class _Normalise:
-    """Moves a batch to the job's device and normalises its images there."""
+class _Finish:
+    """Moves a batch to the job's device, normalises its images there and applies the rest of the draws."""
 
-    def __init__(self, job: LoaderJob) -> None:
+    def __init__(self, job: NormalisedJob) -> None:
         self._device = job.device
         self._mean = torch.tensor(job.mean, dtype=torch.float32, device=job.device).reshape(-1, 1, 1)
         self._std = torch.tensor(job.std, dtype=torch.float32, device=job.device).reshape(-1, 1, 1)
 
-    def __call__(self, batch: tuple[Tensor, Tensor]) -> Batch:
-        crops, labels = (part.to(self._device, non_blocking=True) for part in batch)
-        return crops.float().sub_(self._mean).div_(self._std), labels
+    def __call__(self, crops: Tensor, labels: Tensor, later: Mapping[str, Tensor]) -> Batch:
+        crops, labels = (part.to(self._device, non_blocking=True) for part in (crops, labels))
+        draws: Draws = {name: draw.numpy() for name, draw in later.items()}
+        images = crops.float()
+        if "colour" in draws:
+            images = recolour(images, draws["colour"])
+        images.sub_(self._mean).div_(self._std)
+        if "warp" in draws:
+            images = warp(images, draws["warp"])
+        if "erased" in draws:
+            images = erase(images, draws["erased"])
+        return images, labels
+
+
+class _Finished(Dataset[Batch]):
+    """The whole batches of a job by their position."""
+
+    def __init__(self, crops: Dataset[Cropped], finish: _Finish) -> None:
+        self._crops, self._finish = crops, finish
+
+    def __getitem__(self, position: int) -> Batch:
+        return self._finish(*self._crops[position])

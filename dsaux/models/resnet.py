@@ -12,8 +12,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsaux.config import ModelConfig
 from dsaux.models import Layer, layer_names
 from dsaux.models.naming import GROUPS, resnet_blocks
+from dsaux.models.shapes import SampleSpec
 
 WIDTHS = (16, 32, 64)
 
@@ -25,9 +27,10 @@ class BasicBlock(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of the output, `in_channels` or more.
         stride: 1, or 2 to halve the resolution.
+        zero_init: start with the shortcut alone, the last BatchNorm's weight being 0.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, zero_init: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -35,6 +38,8 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride, self.new_channels = stride, out_channels - in_channels
         initialize(self)
+        if zero_init:
+            nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
@@ -77,23 +82,24 @@ def make_stem(in_channels: int, out_channels: int) -> nn.Module:
     return stem
 
 
-def layers(model: str, *, num_classes: int, in_channels: int) -> list[Layer]:
+def layers(settings: ModelConfig, *, num_classes: int, input_spec: SampleSpec) -> list[Layer]:
     """The network as named layers: "stem", "group1.block1" .. "group3.blockn", "head".
 
     Args:
-        model: "resnet" and the depth.
+        settings: the network's name, "resnet" or "cifar_resnet" and the depth, and its options.
         num_classes: number of class scores.
-        in_channels: channels of the images.
+        input_spec: an image, (channels, height, width).
     """
-    names = layer_names(model)
-    blocks = resnet_blocks(model)
+    names = layer_names(settings)
+    blocks = resnet_blocks(settings.name)
     assert blocks is not None, "layer_names has refused other names"
-    makers: list[Callable[[], nn.Module]] = [functools.partial(make_stem, in_channels, WIDTHS[0])]
+    makers: list[Callable[[], nn.Module]] = [functools.partial(make_stem, input_spec.shape[0], WIDTHS[0])]
     channels = WIDTHS[0]
     for group in range(GROUPS):
         for block in range(blocks):
             stride = 2 if group > 0 and block == 0 else 1
-            makers.append(functools.partial(BasicBlock, channels, WIDTHS[group], stride=stride))
+            make = functools.partial(BasicBlock, stride=stride, zero_init=settings.zero_init)
+            makers.append(functools.partial(make, channels, WIDTHS[group]))
             channels = WIDTHS[group]
     makers.append(functools.partial(Head, channels, num_classes))
-    return [Layer(name, make) for name, make in zip(names, makers, strict=True)]
+    return [Layer(name, make, nonnegative=name != names[-1]) for name, make in zip(names, makers, strict=True)]

@@ -13,6 +13,7 @@ from typing import Protocol
 from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
 
 from dsaux.schedules.lagrangian import LagrangianSchedule
+from dsaux.schedules.local import LocalSchedule
 from dsaux.schedules.penalty import PenaltySchedule
 
 
@@ -51,8 +52,17 @@ def _overlapped(micro_batches: int, stages: int, stage_id: int, *, num_batches: 
     return _lagrangian(micro_batches, stages, stage_id, num_batches=num_batches, overlap=True)
 
 
+def _local(micro_batches: int, stages: int, stage_id: int, *, num_batches: int) -> list[PipeSchedule]:
+    return [
+        LocalSchedule(
+            micro_batches, stages, stage_id, tick=tick, num_batches=None if tick < num_batches else num_batches
+        )
+        for tick in range(num_batches + stages - 1)
+    ]
+
+
 RUNS: Mapping[str, _Run] = MappingProxyType(
-    {"penalty": _penalty, "al": _lagrangian, "al-overlap": _overlapped, "1f1b": _exact}
+    {"penalty": _penalty, "al": _lagrangian, "al-overlap": _overlapped, "local": _local, "1f1b": _exact}
 )
 """What a stage runs for a number of batches, fill and drain included: the values of `dsaux.pipeline.schedule`, and
 `al-overlap` for `al` with `dsaux.aux.overlap`."""

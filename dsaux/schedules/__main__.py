@@ -2,6 +2,7 @@
 
 python -m dsaux.schedules --schedule al --stages 4 --steps 6
 python -m dsaux.schedules --schedule al-overlap --stages 4 --micro_batches 8 --check
+python -m dsaux.schedules --schedule local --stages 4 --steps 6
 python -m dsaux.schedules --schedule 1f1b --stages 4 --format trace --out trace.json
 python -m dsaux.schedules --compare --format svg --out docs/figures/schedules.svg
 python -m dsaux.schedules --compare --schedule penalty
@@ -120,7 +121,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if not args.compare and args.schedule is None:
         parser.error("give --schedule NAME, --compare or both.")
     if args.compare and args.schedule == _EXACT:
-        parser.error(f"--compare draws {_EXACT} above another schedule; give --schedule al, al-overlap or penalty.")
+        parser.error(
+            f"--compare draws {_EXACT} above another schedule; give --schedule al, al-overlap, local or penalty."
+        )
     if args.compare and (args.check or args.format not in _COMPARISONS):
         parser.error("--compare draws text or svg; for --check and --format trace leave it out.")
     if args.micro_batches is None:

@@ -149,6 +149,7 @@ class Effect:
 _ACTIVATION = Message("activation", to=+1)
 _GRADIENT = Message("gradient", to=-1)
 _VARIABLE = Message("variable", to=-1, blocking=False, ticks=1, group="variables")
+_OUTPUT = Message("output", to=+1, blocking=False, ticks=1, group="outputs")
 _AUX_SUM = Collective("aux_sum", blocking=False)
 
 _WEIGHTS, _AUX_NET = Gradients("weights"), Gradients("aux_net", replicated=True)
@@ -161,6 +162,8 @@ _BATCH, _VARIABLES, _STAGE_INPUTS = Slot("batch"), Slot("variables"), Slot("stag
 _BATCH_LABELS, _STAGE_INPUT_GRAD = Slot("batch", Where.LAST), Slot("stage_inputs.grad", Where.NOT_FIRST)
 _MESSAGE = Slot("message", Where.NOT_FIRST, whole_batch=True)
 _RECEIVED = Slot("received", Where.NOT_LAST, whole_batch=True)
+_OWN_OUTPUTS = Slot("message", Where.NOT_LAST, whole_batch=True)
+_RECEIVED_OUTPUTS = Slot("received", Where.NOT_FIRST, whole_batch=True)
 
 EFFECTS: Mapping[type[ins.PipeInstruction], Effect] = MappingProxyType(
     {
@@ -203,6 +206,23 @@ EFFECTS: Mapping[type[ins.PipeInstruction], Effect] = MappingProxyType(
         ins.WaitSendVariable: Effect("wS", reads=(_MESSAGE,), awaits_send=_VARIABLE),
         ins.RecvVariable: Effect("rV", writes=(_RECEIVED,), receives=_VARIABLE),
         ins.WaitRecvVariable: Effect("wR", writes=(_RECEIVED,), awaits_receive=_VARIABLE),
+        # a tick of greedy local losses
+        ins.ReceivedForward: Effect(
+            "F", reads=(_BATCH, _RECEIVED_OUTPUTS), writes=(_STAGE_INPUTS, _OUTPUTS), owes=_WEIGHTS, once=True
+        ),
+        ins.HeadLoss: Effect("hL", reads=(_OUTPUTS, _BATCH), writes=(_LOCAL_LOSS,), once=True),
+        ins.HeadBackward: Effect(
+            "B",
+            reads=(_STAGE_INPUTS, _LOCAL_LOSS),
+            frees=(_BATCH, _STAGE_INPUTS, _OUTPUTS),
+            adds=_WEIGHTS,
+            once=True,
+        ),
+        ins.WriteOutput: Effect("X", reads=(_OUTPUTS,), writes=(_OWN_OUTPUTS,)),
+        ins.SendOutput: Effect("sX", reads=(_OWN_OUTPUTS,), sends=_OUTPUT),
+        ins.WaitSendOutput: Effect("wS", reads=(_OWN_OUTPUTS,), awaits_send=_OUTPUT),
+        ins.RecvOutput: Effect("rX", writes=(_RECEIVED_OUTPUTS,), receives=_OUTPUT),
+        ins.WaitRecvOutput: Effect("wR", writes=(_RECEIVED_OUTPUTS,), awaits_receive=_OUTPUT),
     }
 )
 """Effects of DeepSpeed's instructions and of ours. `ReduceTiedGrads` counts as a collective of all stages,

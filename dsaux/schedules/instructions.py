@@ -29,6 +29,8 @@ __all__ = [
     "BackwardPass",
     "BufferOpInstruction",
     "ForwardPass",
+    "HeadBackward",
+    "HeadLoss",
     "LagrangianLoss",
     "LoadMicroBatch",
     "LoadReplicaBatch",
@@ -37,8 +39,10 @@ __all__ = [
     "OptimizerStep",
     "PenaltyLoss",
     "PipeInstruction",
+    "ReceivedForward",
     "RecvActivation",
     "RecvGrad",
+    "RecvOutput",
     "RecvVariable",
     "ReduceAuxGrads",
     "ReduceGrads",
@@ -46,9 +50,13 @@ __all__ = [
     "RefreshVariable",
     "SendActivation",
     "SendGrad",
+    "SendOutput",
     "SendVariable",
+    "WaitRecvOutput",
     "WaitRecvVariable",
+    "WaitSendOutput",
     "WaitSendVariable",
+    "WriteOutput",
 ]
 
 
@@ -158,7 +166,8 @@ class ReduceAuxGrads(PipeInstruction):  # type: ignore[misc]
         work = all_reduce(aux_gradients, async_op=True)
 
     Pairs with :class:`AuxOptimizerStep` on the same rank, which waits for ``work``, and with the same
-    instruction on every other rank: it is a collective of all ranks, a rank with nothing to add gives zeros.
+    instruction on every other rank: it is a collective of all ranks, a rank with nothing to add gives zeros. Under
+    greedy local losses there is no AuxNet: loss, flags and batch digests, which ride along, are all of the sum.
     """
 
 
@@ -241,4 +250,112 @@ class WaitRecvVariable(PipeInstruction):  # type: ignore[misc]
         receiving.wait()
 
     Pairs with the :class:`RecvVariable` of the tick before on the same rank.
+    """
+
+
+class ReceivedForward(BufferOpInstruction):  # type: ignore[misc]
+    """Run this stage forward on what the stage before has really made of the batch; no gradient goes back there.
+
+    Roughly:
+
+    .. code-block:: python
+
+        X_(k+1) = stage(inputs if k == 0 else received[micro_batch].detach())
+
+    Pairs with :class:`HeadLoss` and :class:`HeadBackward` on the same buffer; needs, behind the first stage, the
+    :class:`WaitRecvOutput` of this batch.
+    """
+
+
+class HeadLoss(BufferOpInstruction):  # type: ignore[misc]
+    """Local loss of greedy training: the task's, behind a small head of this stage; the last stage has the network's.
+
+    Roughly:
+
+    .. code-block:: python
+
+        loss = loss_fn(X if k == K - 1 else head(X), labels)
+
+    Pairs with :class:`HeadBackward` on the same buffer; needs :class:`ReceivedForward` before it. Nothing is received.
+    """
+
+
+class HeadBackward(BufferOpInstruction):  # type: ignore[misc]
+    """Run head and stage backward from the local loss, down to the stage's own input, then free the buffer.
+
+    Roughly:
+
+    .. code-block:: python
+
+        engine.backward(loss)
+
+    Pairs with :class:`ReceivedForward`. No gradient comes from the stage above or goes to the one below.
+    """
+
+
+class WriteOutput(BufferOpInstruction):  # type: ignore[misc]
+    """Write what this stage has made of one micro-batch into the message to the next stage.
+
+    Roughly:
+
+    .. code-block:: python
+
+        message[micro_batch] = X_(k+1).detach()
+
+    Pairs with :class:`SendOutput` on the same rank, which sends the message when all micro-batches are in it; needs
+    :class:`ReceivedForward` before it, and :class:`WaitSendOutput` before the first one of a batch.
+    """
+
+
+class SendOutput(PipeInstruction):  # type: ignore[misc]
+    """Start to send what this stage has made of a batch to stage ``k + 1``, and go on without waiting.
+
+    Roughly:
+
+    .. code-block:: python
+
+        sending = isend(message, to=k + 1)
+
+    Pairs with :class:`RecvOutput` on stage ``k + 1`` in the same tick, and with :class:`WaitSendOutput` on this rank
+    before the message is written again.
+    """
+
+
+class WaitSendOutput(PipeInstruction):  # type: ignore[misc]
+    """Wait until the message of the batch before has left, so that it may be written again.
+
+    Roughly:
+
+    .. code-block:: python
+
+        sending.wait()
+
+    Pairs with the :class:`SendOutput` of the tick before on the same rank.
+    """
+
+
+class RecvOutput(PipeInstruction):  # type: ignore[misc]
+    """Post the receive of what stage ``k - 1`` makes in this tick; it is used in the next.
+
+    Roughly:
+
+    .. code-block:: python
+
+        receiving = irecv(received, from=k - 1)
+
+    Pairs with :class:`SendOutput` on stage ``k - 1`` in the same tick, and with :class:`WaitRecvOutput` on this rank
+    in the next.
+    """
+
+
+class WaitRecvOutput(PipeInstruction):  # type: ignore[misc]
+    """Wait for what the stage before has made of this tick's batch.
+
+    Roughly:
+
+    .. code-block:: python
+
+        receiving.wait()
+
+    Pairs with the :class:`RecvOutput` of the tick before on the same rank.
     """

@@ -135,7 +135,8 @@ def wavefront_batch(tick: int, stage: int, *, num_stages: int, num_batches: int,
         stage: the stage k.
         num_stages: number of stages K.
         num_batches: batches that have entered the wavefront.
-        lag: ticks from a stage to the one before it.
+        lag: ticks from a stage to the one before it; below 0 the first stage leads, else the last.
     """
-    batch = tick - lag * (num_stages - 1 - stage)
+    behind = -stage if lag < 0 else num_stages - 1 - stage
+    batch = tick - lag * behind
     return batch if 0 <= batch < num_batches else None

@@ -33,9 +33,12 @@ def comparison_svg(above: Timeline, below: Timeline) -> str:
     """
     heading = f"The same batches through one network on {above.num_stages} devices, on one time axis"
     share = 100 * below.aux_share
+    has_aux = any(piece.kind == AUX for piece in below.pieces)
     notes = [
         "Simulated: equal stages, a backward pass twice as long as a forward pass, transfers free.",
-        f"1F1B idles less with more micro-batches; dsaux pays with the AuxNet ({share:.0f} % of a stage)",
+        f"1F1B idles less with more micro-batches; dsaux pays with the AuxNet ({share:.0f} % of a stage)"
+        if has_aux
+        else "1F1B idles less with more micro-batches; dsaux pays with small heads, which are not drawn,",
         "and trains each stage on a local loss, where 1F1B has the exact gradient.",
     ]
     if below.has_fill:
@@ -54,7 +57,8 @@ def _page(heading: str, timelines: Sequence[Timeline], *, end: float, notes: Seq
         y += 26 + timeline.num_stages * (_ROW + _GAP) + 22
     body += _axis(y - 14, scale=scale, end=end)
     has_aux = any(piece.kind == AUX for its in timelines for piece in its.pieces)
-    body += _legend(y + 52, has_aux=has_aux, has_flights=any(its.flights for its in timelines))
+    flights = [flight for its in timelines for flight in its.flights]
+    body += _legend(y + 52, has_aux=has_aux, sent=_what_is_sent(flights))
     for line, note in enumerate(notes):
         body.append(_text(24, y + 80 + 19 * line, note, size=13, fill=_QUIET))
     height = round(y + 66 + 19 * len(notes) + (8 if notes else 4))
@@ -107,9 +111,10 @@ def _step_mark(x: float, y: float) -> list[str]:
 
 
 def _arrow(flight: Flight, top: float, *, scale: float) -> str:
-    """From where the sender ends its backward pass to where the receiver uses the message, in the row above."""
-    x, y = _LEFT + flight.start * scale, top + flight.sender * (_ROW + _GAP) + 3
-    to_x, to_y = _LEFT + flight.end * scale, top + flight.receiver * (_ROW + _GAP) + _ROW - 3
+    """From where the sender starts to send to where the receiver uses the message, in the row above or below."""
+    leave, reach = (3, _ROW - 3) if flight.receiver < flight.sender else (_ROW - 3, 3)
+    x, y = _LEFT + flight.start * scale, top + flight.sender * (_ROW + _GAP) + leave
+    to_x, to_y = _LEFT + flight.end * scale, top + flight.receiver * (_ROW + _GAP) + reach
     length = math.hypot(to_x - x, to_y - y)
     along_x, along_y = 6 * (to_x - x) / length, 6 * (to_y - y) / length
     head = (
@@ -131,7 +136,14 @@ def _axis(y: float, *, scale: float, end: float) -> list[str]:
     return [*parts, _text(_LEFT + end * scale / 2, y + 36, words, size=13, fill=_QUIET, anchor="middle")]
 
 
-def _legend(y: float, *, has_aux: bool, has_flights: bool) -> list[str]:
+def _what_is_sent(flights: Sequence[Flight]) -> str:
+    """Refreshed variables go up, outputs of the stages down; empty where nothing is sent ahead."""
+    if not flights:
+        return ""
+    return "\u03bb\u2032" if flights[0].receiver < flights[0].sender else "X"
+
+
+def _legend(y: float, *, has_aux: bool, sent: str) -> list[str]:
     entries = [(_FILL[FORWARD][0], "forward"), (_FILL[BACKWARD][0], "backward")]
     entries += [(_FILL[AUX][0], "AuxNet")] if has_aux else []
     entries += [(_IDLE, "idle")]
@@ -143,11 +155,11 @@ def _legend(y: float, *, has_aux: bool, has_flights: bool) -> list[str]:
     parts.append(f'<path d="M{x + 4:.1f} {y - 14:.1f}v18" stroke="{_STEP}" stroke-width="3"/>')
     parts.append(_text(x + 14, y, "optimizer step", size=13))
     parts.append(_text(x + 128, y, "lighter: odd batches", size=13, fill=_QUIET))
-    if has_flights:
+    if sent:
         x += 270
         arrow = f"M{x:.1f} {y - 5:.1f}h20m-5 -4l5 4l-5 4"
         parts.append(f'<path d="{arrow}" fill="none" stroke="{_MESSAGE}" stroke-width="1.5"/>')
-        parts.append(_text(x + 28, y, "\u03bb\u2032 sent", size=13))
+        parts.append(_text(x + 28, y, f"{sent} sent", size=13))
     return parts
 
 

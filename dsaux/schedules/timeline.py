@@ -33,12 +33,15 @@ _TITLES = {
     "penalty": "dsaux penalty",
     "al": "dsaux augmented Lagrangian (al)",
     "al-overlap": "dsaux augmented Lagrangian (al-overlap)",
+    "local": "dsaux greedy local losses (local)",
 }
 _KINDS: Mapping[type[ins.PipeInstruction], str] = {
     ins.ForwardPass: FORWARD,
     ins.LocalForward: FORWARD,
+    ins.ReceivedForward: FORWARD,
     ins.BackwardPass: BACKWARD,
     ins.LocalBackward: BACKWARD,
+    ins.HeadBackward: BACKWARD,
     ins.AuxForward: AUX,
     ins.AuxBackward: AUX,
     ins.OptimizerStep: STEP,
@@ -198,8 +201,10 @@ class _Clock:
         self.costs: dict[type[ins.PipeInstruction], float] = {
             ins.ForwardPass: forward,
             ins.LocalForward: forward,
+            ins.ReceivedForward: forward,
             ins.BackwardPass: backward,
             ins.LocalBackward: backward,
+            ins.HeadBackward: backward,
             ins.AuxForward: aux_share * forward,
             ins.AuxBackward: aux_share * backward,
         }

@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.fuzz.changes import WILD, WRONG, Document, apply
 from tests.fuzz.damage import DAMAGES, another_byte
-from tests.fuzz.fine import FINE
+from tests.fuzz.fine import FINE, Sets
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED, REFUSED, EITHER = "trained", "refused", "either"
@@ -55,8 +55,8 @@ class Mutant:
 
     @property
     def builds_an_operation(self) -> bool:
-        """Whether DeepSpeed may compile its fused Adam for it, which takes a minute on a machine that never did."""
-        return re.search(rb'"type": "adamw?"', self.content, re.IGNORECASE) is not None
+        """Whether a compiler may run for it, for a minute: for DeepSpeed's fused Adam, or for the network."""
+        return re.search(rb'"type": "adamw?"|"compile": true', self.content, re.IGNORECASE) is not None
 
 
 def make_mutant(seed: int, number: int) -> Mutant:
@@ -73,7 +73,7 @@ def _draw(chance: random.Random, number: int) -> Mutant:
     document = shrunk(base)
     changes, overrides, expects = [base.name], list[str](), EITHER
     kind = chance.choices(("fine", "wild", "wrong", "damaged"), weights=(35, 40, 15, 10))[0]
-    changes += [apply(document, chance.choice(FINE)) for _ in range(chance.randint(1, 4) if kind == "fine" else 1)]
+    changes += [apply(document, sets) for sets in _fine(chance, chance.randint(1, 4) if kind == "fine" else 1)]
     if kind == "fine":
         expects = TRAINED
     elif kind == "wild":
@@ -91,6 +91,15 @@ def _draw(chance: random.Random, number: int) -> Mutant:
     return Mutant(number, tuple(changes), content, tuple(overrides), expects)
 
 
+def _fine(chance: random.Random, count: int) -> list[Sets]:
+    """Up to `count` groups of sensible settings that set no key twice: the second could make nonsense of the first."""
+    chosen: list[Sets] = []
+    for sets in (chance.choice(FINE) for _ in range(count)):
+        if all(sets.keys().isdisjoint(before) for before in chosen):
+            chosen.append(sets)
+    return chosen
+
+
 @functools.cache
 def _bases() -> tuple[Path, ...]:
     return tuple(sorted((ROOT / "ds_configs").glob("*.json")))
@@ -102,7 +111,9 @@ def shrunk(path: Path) -> Document:
     block = document["dsaux"]
     document["train_batch_size"] = 16
     document["scheduler"]["params"]["warmup_num_steps"] = 1
-    block["model"]["name"] = "resnet8"
+    document.pop("bf16", None)  # FINE sets it
+    block["model"] = {"name": "resnet8"}
+    block["data"] = {"name": "photos", **{k: v for k, v in block["data"].items() if k in ("augment", "guard_every")}}
     block["data"].update(loader="torch", train_samples=48, test_samples=20, image_size=8)
     block["pipeline"]["stages"] = 1
     if isinstance(block["pipeline"]["partition"], list):

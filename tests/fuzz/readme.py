@@ -31,12 +31,12 @@ def readme_allows(words: str, value: Any) -> bool:
     kinds = {"a string": str, "true or false": bool, "a JSON object {...}": dict}
     if words in kinds:
         return isinstance(value, kinds[words])
-    number = re.fullmatch(r"a (whole )?number (>=?) (\d+)(?: and <= (\d+))?", words)
+    number = re.fullmatch(r"a (whole )?number (>=?) (\d+)(?: and (<=?) (\d+))?", words)
     assert number is not None, f"the README's table has a type that is not known here: {words}"
-    whole, sign, low, high = number.groups()
+    whole, sign, low, below, high = number.groups()
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         return False
     if not whole and not abs(value) < float("inf"):
         return False
     is_above = value > int(low) if sign == ">" else value >= int(low)
-    return is_above and (high is None or value <= int(high))
+    return is_above and (high is None or value < int(high) or (below == "<=" and value == int(high)))

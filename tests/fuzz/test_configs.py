@@ -18,7 +18,7 @@ from tests.fuzz.verdict import judge
 
 SEED, COUNT = 0, 40
 MUTANTS = (make_mutant(SEED, number) for number in itertools.count())
-# A machine that never did would first compile DeepSpeed's fused Adam, for a minute.
+# A machine that never did would first compile DeepSpeed's fused Adam, for a minute; a network is compiled anew.
 SHORT = tuple(itertools.islice((mutant for mutant in MUTANTS if not mutant.builds_an_operation), COUNT))
 
 
@@ -55,7 +55,8 @@ def _outcome(code: int | None, *, stdout: str = "", stderr: str = "", events: st
 
 
 CLEAR = "[rank 0 on host] error: dsaux.run.epochs is 0; it must be a whole number >= 1. Change it."
-NAN = "[rank 0 on host] error: RuntimeError: the loss is nan in step 1. Lower optimizer.params.lr."
+NAN_TEST = "[rank 0 on host] error: the test loss is inf behind step 2: the network has diverged. Lower lr."
+NAN = "[rank 0 on host] error: the loss is nan in step 1. Lower optimizer.params.lr."
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,9 @@ NAN = "[rank 0 on host] error: RuntimeError: the loss is nan in step 1. Lower op
     [
         (TRAINED, _outcome(0), "trained"),
         (REFUSED, _outcome(2, stderr=CLEAR), "refused"),
-        (EITHER, _outcome(1, stderr=f"Traceback\n{NAN}"), "failed clearly"),
+        (EITHER, _outcome(1, stderr=NAN), "failed clearly"),
+        (EITHER, _outcome(1, stderr=NAN_TEST), "failed clearly"),
+        (EITHER, _outcome(1, stderr=f"Traceback\n{NAN}"), "DEFECT"),
         (TRAINED, _outcome(2, stderr=CLEAR), "DEFECT"),
         (TRAINED, _outcome(1, stderr=NAN), "DEFECT"),
         (REFUSED, _outcome(0), "DEFECT"),
@@ -85,3 +88,19 @@ def test_verdict(expects: str, outcome: Outcome, kind: str) -> None:
 
 def test_a_run_with_a_value_that_the_readme_does_not_allow_is_a_defect() -> None:
     assert judge(_mutant(EITHER, epochs=0), _outcome(0)).is_defect
+
+
+@pytest.mark.parametrize(("schedule", "is_defect"), [("local", False), ("al", True)])
+def test_a_warning_of_a_setting_without_effect_must_be_true(schedule: str, is_defect: bool) -> None:
+    document = b'{"dsaux": {"aux": {"rho": 0.1}, "pipeline": {"schedule": "%s"}}}' % schedule.encode()
+    mutant = Mutant(0, ("none",), document, expects=TRAINED)
+    words = "warning: dsaux.aux.rho is 0.1, which has no effect with schedule local: it has no AuxNet."
+    assert judge(mutant, _outcome(0, stderr=words)).is_defect == is_defect
+    assert judge(mutant, _outcome(0, stderr=words.replace("rho", "width"))).is_defect, "it is not there"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_warning_of_a_switch_that_cannot_be_followed_must_be_true(value: bool) -> None:
+    document = b'{"dsaux": {"run": {"cuda_graphs": %s}}}' % str(value).lower().encode()
+    words = "warning: dsaux.run.cuda_graphs is true, but the device is cpu, and only GPUs have them: ticks run eagerly."
+    assert judge(Mutant(0, ("none",), document, expects=TRAINED), _outcome(0, stderr=words)).is_defect != value

@@ -23,7 +23,8 @@ MENDS = re.compile(
     r"|Write)\b"
 )
 CLEAR_FAILURE = re.compile(
-    r"(rank 0 \(.*\) failed: )?RuntimeError: the (test )?loss(, at stage \d+,)? is .* (in|after) step \d+\. Lower .*"
+    r"(rank 0 \(.*\) failed: )?(the loss(, at stage \d+,)? is .* in step \d+"
+    r"|the test loss is .* behind step \d+: the network has diverged)\. Lower .*"
 )
 """End of a run that its values earn and that no check can foresee."""
 TRUE_WARNINGS = (
@@ -35,6 +36,10 @@ TRUE_WARNINGS = (
     "BF16 gradient accumulation is not safe",
 )
 """What may be said of a sensible configuration."""
+WITHOUT_EFFECT = re.compile(r"warning: (dsaux\.[\w.]+) is .*, which has no effect with schedule (\w+): ")
+"""What must be said of a setting that the schedule has no use for."""
+OF_A_SWITCH = re.compile(r"(?:warning: |.*\] )(dsaux\.run\.(?:cuda_graphs|compile|channels_last))(?: is true, |: )")
+"""What must be said of a switch that can't be followed here, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ def _defects(mutant: Mutant, outcome: Outcome) -> Iterator[str]:
         found = ERROR.fullmatch(last)
         if found is None or not CLEAR_FAILURE.fullmatch(found[1]):
             yield "it failed without a clear error"
+        if "Traceback" in outcome.stderr + outcome.stdout:
+            yield "it failed with a traceback"
         if mutant.expects != EITHER:
             yield f"it should have been {mutant.expects}"
     else:
@@ -96,8 +103,22 @@ def _defects_of_a_trained_run(mutant: Mutant, outcome: Outcome) -> Iterator[str]
     if None in losses:
         yield "a loss is not finite"
     for line in output.splitlines():
-        if re.search("warn", line, re.IGNORECASE) and not any(words in line for words in TRUE_WARNINGS):
+        if re.search(r"\[(INFO|DEBUG)\]", line):  # DeepSpeed's list of settings, under "log_level": "debug"
+            continue
+        if re.search("warn", line, re.IGNORECASE) and not _is_true_warning(line, effective):
             yield f"it warns: {line}"
+
+
+def _is_true_warning(line: str, effective: Any) -> bool:
+    """Whether a warning is right: a known one of a library, or of a setting that is there and has no effect."""
+    switch = OF_A_SWITCH.match(line)
+    if switch is not None:
+        return _look_up(effective, switch[1]) == (True, True)
+    found = WITHOUT_EFFECT.match(line)
+    if found is not None:
+        is_set, _ = _look_up(effective, found[1])
+        return is_set and _look_up(effective, "dsaux.pipeline.schedule") == (True, found[2])
+    return any(words in line for words in TRUE_WARNINGS)
 
 
 def _defects_of_a_refusal(mutant: Mutant, outcome: Outcome) -> Iterator[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.bad_input import CASES, BadInput
+from tests.ranks import free_port
 
 pytestmark = pytest.mark.launch
 
@@ -95,7 +96,7 @@ def test_wrong_input(case: BadInput, outcomes: dict[str, Future[Outcome]]) -> No
 
 def _run(case: BadInput, folder: Path) -> Outcome:
     _write_inputs(case, folder)
-    with socket.create_server(("127.0.0.1", 0)) as meeting_point:
+    with socket.create_server(("127.0.0.1", free_port())) as meeting_point:
         # a process group would meet at this port: rank 0 cannot open it while it is ours, others connect to it
         port = meeting_point.getsockname()[1]
         processes = [_start(case, folder, rank=rank, port=port) for rank in range(WORLD_SIZE)]
@@ -192,7 +193,7 @@ def test_wrong_input_through_the_deepspeed_launcher(name: str, tmp_path: Path) -
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     launcher = shutil.which("deepspeed", path=places)
     assert launcher is not None, "DeepSpeed's launcher is not installed"
-    with socket.create_server(("127.0.0.1", 0)) as probe:
+    with socket.create_server(("127.0.0.1", free_port())) as probe:
         port = probe.getsockname()[1]
     result = subprocess.run(
         [launcher, "--num_gpus", str(WORLD_SIZE), "--master_port", str(port), *_command(case, tmp_path)],

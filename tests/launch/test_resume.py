@@ -17,7 +17,7 @@ from tests.launch.start import Ranks, events, start_ranks
 
 pytestmark = pytest.mark.launch
 
-EPOCHS = 40
+EPOCHS = 20
 STOP_AFTER = 11  # in the middle of the second epoch
 
 
@@ -34,7 +34,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
                 collect(item, f"{name}/{key}")
 
     for file in found.files:
-        if file.startswith(("layer_", "aux_net")):
+        if file.startswith(("layer_", "aux_net", "head_")):
             collect(found.load(file), file)
     return tensors
 
@@ -61,7 +61,9 @@ def wait_for_step(ranks: Ranks, run_dir: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("schedule", "number"), [("al", signal.SIGTERM), ("1f1b", signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("schedule", "number"), [("al", signal.SIGTERM), ("local", signal.SIGTERM), ("1f1b", signal.SIGUSR1)]
+)
 def test_a_run_that_a_signal_stopped_goes_on_to_the_bit(schedule: str, number: signal.Signals, tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "config.json", pipeline={"schedule": schedule}, run={"epochs": EPOCHS, "eval_every": 10}

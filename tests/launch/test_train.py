@@ -157,6 +157,20 @@ def test_a_run_ends_with_exact_epochs_and_four_stages_hold_one_layer_each(tmp_pa
     assert rates[-1] < 0.02
 
 
+def test_local_trains_two_stages_and_evaluates(tmp_path: Path) -> None:
+    output, found = launch(tmp_path, "--set", "dsaux.pipeline.schedule=local", "--set", "dsaux.aux.beta=3")
+    final = last(found, "final")
+    assert (final["method"], final["stages"], final["steps"]) == ("local", 2, 24)
+    assert final["test_accuracy"] > 2 * CHANCE
+    assert final["boundary_mismatch"] == final["boundary_adjoint"] == []
+    steps = [event for event in found if event["event"] == "step"]
+    assert all(event["boundary_mismatch"] == [] and event["loss"] is not None for event in steps)
+    assert all(None not in event["stage_loss"] for event in steps), "every stage has a loss of its own"
+    assert steps[-1]["stage_loss"][0] < steps[0]["stage_loss"][0], "the first stage learns behind its own head"
+    assert "nan" not in output.lower().replace("dsaux.run.nan", "")
+    assert "dsaux.aux.beta is 3" in last(found, "warning")["text"]
+
+
 def test_al_trains_three_stages_and_ends_with_exact_epochs(tmp_path: Path) -> None:
     _, found = launch(
         tmp_path,

@@ -27,6 +27,8 @@ CASES = {
     "penalty, Adam": Case((0, 2, 6), "penalty", changes={**SKIP, **ADAM}),
     "penalty, bf16": Case((0, 2, 6), "penalty", dtype=SINGLE, changes={**SKIP, **BF16}),
     "penalty, 3 stages": Case((0, 2, 4, 6), "penalty", changes=SKIP),
+    "local": Case((0, 2, 6), "local", accumulation=2, changes=SKIP),
+    "local, 3 stages": Case((0, 2, 4, 6), "local", changes=SKIP),
     "1f1b": Case((0, 2, 6), "1f1b", accumulation=2, changes=SKIP),
     "penalty, 2 replicas, ZeRO-1": Case((0, 2, 6), "penalty", replicas=2, dtype=SINGLE, changes={**SKIP, **ZERO}),
     "1f1b, 2 replicas": Case((0, 2, 6), "1f1b", replicas=2, accumulation=2, changes=SKIP),
@@ -71,7 +73,7 @@ def test_a_skipped_batch_leaves_no_trace_in_any_stage(world_size: int) -> None:
         for name, (with_bad, without) in rank.items():
             assert (with_bad["skipped"], with_bad["steps"]) == (1, STEPS), name
             assert (without["skipped"], without["steps"]) == (0, STEPS - 1), name
-            for part in ("stage", "aux", "buffers"):
+            for part in ("stage", "aux", "head", "buffers"):
                 for key, value in with_bad[part].items():
                     assert np.isfinite(value).all(), f"{name}: {key}"
                     assert np.array_equal(value, without[part][key]), f"{name}: {key}"
@@ -90,14 +92,14 @@ def train_on_bad(case: Case) -> dict[str, Any]:
     return train_on(case, bad=True)
 
 
-@pytest.mark.parametrize("schedule", ["penalty", "al"])
+@pytest.mark.parametrize("schedule", ["penalty", "al", "local"])
 def test_all_ranks_learn_which_stages_saw_it(schedule: str) -> None:
     case = Case((0, 2, 6), schedule, steps=STEPS)
     first, second = run_ranks(faults_by_step, 2, case)
     assert first == second
     assert all(not any(faults) for faults in first[:BAD_STEP])
-    assert first[BAD_STEP][1] == 1  # the last stage has the batch at once under both schedules
-    assert first[BAD_STEP][0] == (1 if schedule == "penalty" else 0)
+    # A batch enters at both stages, at the last one, at the first one.
+    assert first[BAD_STEP] == {"penalty": [1, 1], "al": [0, 1], "local": [1, 0]}[schedule]
 
 
 def faults_by_step(case: Case) -> list[list[float]]:
@@ -111,12 +113,13 @@ def faults_by_step(case: Case) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("schedule", ["penalty", "al", "1f1b"])
+@pytest.mark.parametrize("schedule", ["penalty", "al", "local", "1f1b"])
 def test_a_run_of_bad_batches_ends_with_an_error_on_every_rank(schedule: str) -> None:
     case = Case((0, 2, 6), schedule, steps=MOST_SKIPS_IN_A_ROW + 5, changes=SKIP)
-    first, last = run_ranks(train_on_nothing_but_bad, 2, case)
-    assert f"{MOST_SKIPS_IN_A_ROW + 1} batches in a row" in last
-    if schedule != "al":  # there the first stage is a batch behind, and loses its peer
+    first, last = run_ranks(train_on_nothing_but_bad, 2, case, ends_early=True)
+    leading = first if schedule == "local" else last
+    assert f"{MOST_SKIPS_IN_A_ROW + 1} batches in a row" in leading
+    if schedule not in ("al", "local"):  # there the other stage is a batch behind, and loses its peer
         assert first == last
 
 
@@ -132,7 +135,7 @@ def train_on_nothing_but_bad(case: Case) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("schedule", ["penalty", "al", "1f1b"])
+@pytest.mark.parametrize("schedule", ["penalty", "al", "local", "1f1b"])
 def test_all_ranks_agree_to_stop_behind_the_same_step(schedule: str) -> None:
     case = Case((0, 2, 6), schedule, steps=STEPS)
     first, second = run_ranks(stop_on_rank_1, 2, case)

@@ -14,7 +14,7 @@ from dsaux.bootstrap import initialize
 from dsaux.module import AuxPipelineModule
 from tests.ranks import RankError, run_ranks
 from tests.small_engine import Case, build
-from tests.small_net import small_aux_net, small_config, small_layers
+from tests.small_net import small_aux_net, small_config, small_heads, small_layers
 
 pytestmark = pytest.mark.multiprocess
 
@@ -31,7 +31,7 @@ def start(model: Any, **changes: Any) -> Any:
 
 
 SCHEDULER = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_max_lr": 0.1}}
-AL = {"pipeline": {"schedule": "al"}}
+AL, LOCAL = {"pipeline": {"schedule": "al"}}, {"pipeline": {"schedule": "local"}}
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "bounds that end early": (
         lambda: module(bounds=[0, 3, 5]),
@@ -41,6 +41,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: module(aux_net=small_aux_net([0, 2, 4, 6])),
         "the AuxNet has 2 segments but 2 stages have 1 boundaries",
     ),
+    "heads for another cut": (
+        lambda: module(local_heads=small_heads([0, 2, 4, 6])),
+        "there are 2 local heads but 2 stages have 1 boundaries",
+    ),
+    "no heads": (lambda: start(module(), dsaux=LOCAL), "schedule local with 2 stages needs local heads"),
     "no AuxNet": (lambda: start(module(aux_net=None)), "schedule penalty with 2 stages needs an AuxNet"),
     "another kind of model": (lambda: start(nn.Linear(2, 2)), "model is Linear; dsaux.initialize needs"),
     "no configuration": (lambda: initialize(model=module()), "no configuration was given"),

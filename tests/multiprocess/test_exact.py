@@ -94,7 +94,11 @@ def switch_after_three_steps(case: Case, lr: float) -> dict[str, Any]:
 
 def test_activation_checkpointing_changes_no_weight() -> None:
     plain = Case((0, 3, 6))
-    saved = Case((0, 3, 6), module_options={"activation_checkpoint_interval": 1})
+    saved = Case(
+        (0, 3, 6),
+        changes={"activation_checkpointing": {"number_checkpoints": 2}},
+        module_options={"activation_checkpoint_interval": 1},
+    )
     for one, two in zip(run_ranks(train, 2, plain), run_ranks(train, 2, saved), strict=True):
         for key, weight in one["stage"].items():
             np.testing.assert_allclose(two["stage"][key], weight, rtol=TOLERANCE, atol=TOLERANCE)

@@ -105,6 +105,24 @@ def test_a_tick_of_al_sends_one_message_up_each_boundary_besides_the_auxnet_sum(
         assert {call: times for call, times in found["calls"].items() if len(call[1]) > 1} == expected[rank]
 
 
+@pytest.mark.parametrize("changes", [{}, ZERO_1], ids=["zero-0", "zero-1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_tick_of_local_sends_one_message_down_each_boundary_besides_the_sum_of_figures(
+    changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    if dtype == torch.bfloat16:
+        changes = {**changes, "bf16": {"enabled": True}}
+    case = Case((0, 1, 4, 6), "local", accumulation=2, steps=6, dtype=torch.float32, changes=changes)
+    sum_of_all = {("allreduce", (0, 1, 2)): 1}
+    expected = [
+        {("send", (0, 1)): 1, **sum_of_all},
+        {("recv", (0, 1)): 1, ("send", (1, 2)): 1, **sum_of_all},
+        {("recv", (1, 2)): 1, **sum_of_all},
+    ]
+    for rank, found in enumerate(run_ranks(count_step, 3, case)):
+        assert {call: times for call, times in found["calls"].items() if len(call[1]) > 1} == expected[rank]
+
+
 def test_al_with_replicas_keeps_messages_within_the_replica_and_reductions_within_the_stage() -> None:
     case = Case((0, 3, 6), "al", replicas=2, steps=4, dtype=torch.float32)
     for rank in run_ranks(count_step, 4, case):

@@ -62,7 +62,7 @@ def test_the_data_parallel_schedule_passes() -> None:
 @pytest.mark.parametrize("batches", [1, 2, 5])
 def test_whole_runs_pass_and_their_messages_add_up_over_the_batches(name: str, stages: int, batches: int) -> None:
     report = check_named(name, 4, stages, num_batches=batches)
-    per_boundary = {"1f1b": 2 * 4 * batches, "penalty": 0, "al": batches, "al-overlap": batches}[name]
+    per_boundary = {"1f1b": 2 * 4 * batches, "penalty": 0, "al": batches, "al-overlap": batches, "local": batches}[name]
     assert report.num_batches == batches
     assert report.num_messages == per_boundary * (stages - 1)
 
@@ -78,7 +78,7 @@ def test_a_report_reads_as_one_line_with_its_numbers() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'zigzag'; allowed are 1f1b, al, al-overlap, penalty"):
+    with pytest.raises(ValueError, match="'zigzag'; allowed are 1f1b, al, al-overlap, local, penalty"):
         check_named("zigzag", 1, 1)
 
 

@@ -302,7 +302,7 @@ def test_dsaux_takes_whole_batches_unless_told_otherwise(name: str, capsys: pyte
         (["--schedule", "penalty", "--stages", "0"], "--stages is 0; it must be 1 or more"),
         (["--schedule", "penalty", "--aux_share", "2"], "--aux_share is 2.0; it must be between 0 and 1"),
         ([], "give --schedule NAME, --compare or both"),
-        (["--compare", "--schedule", "1f1b"], "give --schedule al, al-overlap or penalty"),
+        (["--compare", "--schedule", "1f1b"], "give --schedule al, al-overlap, local or penalty"),
         (["--compare", "--check"], "--compare draws text or svg"),
         (["--compare", "--format", "trace"], "--compare draws text or svg"),
         (["--schedule", "penalty", "--steps", "two"], "invalid int value: 'two'"),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import choices  # noqa: E402 - scripts, found beside the other benchmarks
+import input as input_speed  # noqa: E402
 import report  # noqa: E402
 import seeds  # noqa: E402
+import sleepers  # noqa: E402
 import waits  # noqa: E402
 
 BASE = {
@@ -141,16 +147,26 @@ def test_busy_is_sleep_and_aux_net_over_the_window_and_waits_are_not_busy() -> N
     assert waits.summary(plan, schedule="1f1b", blocks=blocks, environment=ENVIRONMENT)["wait_share"] == []
 
 
-def test_forward_and_backward_sleeps_are_drawn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_backward_sleeps_are_drawn_apart_and_the_halves_of_a_pass_are_equal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two micro-batches, all forward passes first or by turns: the same sleeps, whatever the schedule."""
     slept: list[float] = []
-    monkeypatch.setattr(waits.time, "sleep", slept.append)
-    for order in (["forward", "backward"] * 2, ["forward"] * 2 + ["backward"] * 2):
-        sleeper = waits.Sleeper(forward_s=1.0, backward_s=2.0, jitter=0.5)
-        sleeper.seed("0/0/0")
-        for kind in order:
-            sleeper.sleep(kind)
-    assert sorted(slept[:4]) == sorted(slept[4:])
-    assert len(set(slept)) == 4
+    monkeypatch.setattr(sleepers.time, "sleep", slept.append)
+    sleeper = sleepers.Sleeper(forward_s=1.0, backward_s=2.0, jitter=0.5)
+    layer, x = sleepers.SleepingLayer(torch.nn.Linear(2, 2), sleeper), torch.ones(1, 2)
+    sleeper.seed("0/0/0")
+    for _ in range(2):
+        layer(x).sum().backward()
+    first, first_half, first_other, second, second_half, second_other = slept
+    slept.clear()
+    sleeper.seed("0/0/0")
+    outputs = [layer(x).sum() for _ in range(2)]
+    for output in outputs:
+        output.backward()
+    assert slept == [first, second, first_half, first_other, second_half, second_other]
+    assert (first_half, second_half) == (first_other, second_other)
+    assert len({first, second, first_half, second_half}) == 4
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -256,3 +272,33 @@ def test_a_table_without_markers_or_data_is_named_and_the_others_are_made(monkey
     assert new == text.replace("old", "new")
     assert [line.partition(":")[0] for line in lacking] == ["table b of D.md", "table c of D.md"]
     assert "D.md lacks the markers <!-- begin b -->" in lacking[0]
+
+
+def test_input_speed_takes_turns_leaves_the_warmup_out_and_counts_samples(monkeypatch) -> None:
+    """A clock that batches move: each takes as long as its pipeline says, the warm-up ten times that."""
+    now, opened = [0.0], []
+    monkeypatch.setattr(input_speed.time, "perf_counter", lambda: now[0])
+    plan = input_speed.Plan(("photos",), ("slow", "fast"), batch_size=4, batches=5, blocks=3, warmup=2)
+
+    @contextlib.contextmanager
+    def pipeline(_dataset: Any, plan: Any, *, seconds: float):
+        def batches():
+            for number in itertools.count():
+                is_warmup = number % (plan.warmup + plan.batches) < plan.warmup
+                now[0] += 10 * seconds if is_warmup else seconds
+                yield None, [0] * plan.batch_size
+
+        opened.append(seconds)
+        yield batches()
+        opened.remove(seconds)
+
+    table = {name: functools.partial(pipeline, seconds=s) for name, s in (("slow", 2.0), ("fast", 0.5))}
+    monkeypatch.setattr(input_speed, "PIPELINES", table)
+    speeds = input_speed.measure(plan, None)
+    assert speeds == {"slow": [pytest.approx(2.0)] * 3, "fast": [pytest.approx(8.0)] * 3}
+    assert opened == []
+    row = input_speed.summary(plan, dataset="photos", pipeline="slow", speeds=[1, 3, 2], environment=ENVIRONMENT)
+    assert row["samples_per_s"] == [2, 1, 3]
+    assert row["n"] == 3
+    assert json.loads(json.dumps(row))["environment"]["cpu"] == "a processor"
+    assert input_speed.rich_table([row]).row_count == 1

@@ -18,6 +18,7 @@ from dsaux.config import (
     aux_optimizer,
     check_launch,
     config_from_dict,
+    has_aux_net,
     load_config,
     main,
     markdown_table,
@@ -185,7 +186,8 @@ def test_file_that_cannot_be_opened_is_refused(name: str, says: str, tmp_path: P
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_configuration_loads_and_starts(path: Path) -> None:
     config = load_config(path, overrides=["dsaux.data.loader=torch"])
-    check_launch(config, world_size=config.dsaux.pipeline.stages)
+    has_data = config.dsaux.data.name in ("photos", "synthetic", "text")  # the others would be fetched, or are not here
+    check_launch(config, world_size=config.dsaux.pipeline.stages, needs_data=has_data)
 
 
 @pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem.endswith("_1f1b")], ids=lambda path: path.name)
@@ -272,6 +274,14 @@ def test_wrong_override_is_refused(override: str, says: str) -> None:
         _config(override)
 
 
+@pytest.mark.parametrize("value", [1, "true", None, "on", []])
+def test_cuda_graphs_is_a_flag(value: Any) -> None:
+    assert not _config().dsaux.run.cuda_graphs
+    assert _config("dsaux.run.cuda_graphs=true").dsaux.run.cuda_graphs
+    with pytest.raises(ConfigError, match=r"dsaux\.run\.cuda_graphs is .*true or false"):
+        _config(**{"dsaux.run.cuda_graphs": value})
+
+
 # ---- the AuxNet's optimizer --------------------------------------------------------------------------------
 
 
@@ -334,9 +344,43 @@ def test_keys_of_al_are_named_where_another_schedule_does_not_use_them() -> None
     assert _config(**{"dsaux.pipeline.schedule": "penalty"}).settings_without_effect() == []
 
 
+def test_under_local_each_changed_key_of_the_auxnet_is_named_and_the_transport_counts() -> None:
+    keys = {"dsaux.aux.beta": 3.0, "dsaux.aux.gamma": 0.5, "dsaux.aux.optimizer": {"type": "Adam"}}
+    local = {"dsaux.pipeline.schedule": "local"}
+    beta, gamma, optimizer = _config(**keys, **local).settings_without_effect()
+    assert "dsaux.aux.beta is 3.0, which has no effect with schedule local" in beta
+    assert "dsaux.aux.gamma is 0.5" in gamma
+    assert 'dsaux.aux.optimizer is {"type": "Adam"}' in optimizer
+    assert _config(**local, **{"dsaux.aux.transport": "bf16", "dsaux.run.epochs": 3}).settings_without_effect() == []
+
+
+def test_only_penalty_and_al_over_several_stages_have_an_auxnet() -> None:
+    for schedule, stages, expected in (("al", 2, True), ("penalty", 2, True), ("al", 1, False), ("local", 2, False)):
+        changes = {"dsaux.pipeline.schedule": schedule, "dsaux.pipeline.stages": stages}
+        assert has_aux_net(_config(**changes).dsaux) == expected
+    assert not has_aux_net(_config(**{"dsaux.pipeline.schedule": "1f1b"}).dsaux)
+
+
 def test_a_twin_under_1f1b_is_not_warned_of_the_block_it_shares() -> None:
     keys = {"dsaux.aux.overlap": True, "dsaux.pipeline.schedule": "1f1b"}
     assert _config(**keys).settings_without_effect() == []
+
+
+def test_channels_last_is_said_to_have_no_effect_on_text_and_none_on_the_weights_in_a_flat_tensor() -> None:
+    key = {"dsaux.run.channels_last": True}
+    assert _config(**key).settings_without_effect() == []
+    (text,) = _config(**key, **{"dsaux.data.name": "text", "dsaux.model.name": "a.py:f"}).settings_without_effect()
+    assert "dsaux.run.channels_last is true, which has no effect on text" in text
+    (bf16,) = _config(**key, bf16={"enabled": True}).settings_without_effect()
+    assert "activations but not their weights" in bf16
+    assert _config(**key, bf16={"enabled": False}, zero_optimization={"stage": 0}).settings_without_effect() == []
+
+
+def test_compile_is_said_to_leave_stages_with_activation_checkpoints_as_they_are() -> None:
+    key = {"dsaux.run.compile": True}
+    assert _config(**key).settings_without_effect() == []
+    (text,) = _config(**key, pipeline={"activation_checkpoint_interval": 1}).settings_without_effect()
+    assert "dsaux.run.compile is true, which has no effect on the stages" in text
 
 
 @pytest.mark.parametrize(("key", "value"), [("transport", "fp16"), ("overlap", "yes")])

@@ -294,3 +294,10 @@ def test_run_without_steps_is_refused() -> None:
     config = _config()
     with pytest.raises(ValueError, match="at least one step"):
         resolved_deepspeed(config, check_launch(config, world_size=2), total_steps=0)
+
+
+@pytest.mark.parametrize("key", ["output_path", "job_name"])
+def test_a_monitors_folder_must_have_a_name_that_file_systems_can_hold(key: str) -> None:
+    config = _config({f"csv_monitor.{key}": "x" * 300})
+    with pytest.raises(ConfigError, match=rf"csv_monitor\.{key} is \"x+ \.\.\.; the name .* 200 bytes\. Shorten it"):
+        check_launch(config, world_size=2)

@@ -27,16 +27,17 @@ ROOT = Path(__file__).parents[2]
 def job_for(plan: Any = None) -> LoaderJob:
     dataset = numbered_dataset()
     plan = plan or TrainPlan(
-        dataset.train_labels,
+        dataset.num_train,
+        augmentation=dataset.augmentation(is_on=True),
         seed=0,
         replica=0,
         num_replicas=1,
         micro_batch_size=8,
         micro_batches_per_step=1,
-        augment=True,
     )
     return LoaderJob(
         images=dataset.padded_train_images,
+        labels=dataset.train_labels,
         plan=plan,
         batch_size=8,
         margin=8,

@@ -13,7 +13,7 @@ from tests.saved_run import chain
 
 @pytest.mark.parametrize("model", ["resnet8", "resnet20"])
 def test_the_network_is_its_layers_one_after_the_other(model: str) -> None:
-    network = build_network(model, num_classes=7, in_channels=1).eval()
+    network = build_network(model, num_classes=7, input_spec=(1, 32, 32)).eval()
     layers = [network.get_submodule(name) for name in network.layer_names]
     images = torch.randn(3, 1, 16, 16)
     scores = network(images)

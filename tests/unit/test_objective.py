@@ -103,6 +103,44 @@ def test_sums_of_bf16_activations_are_taken_in_float32() -> None:
     assert objective.match_force(target, output, rho=1.0, scale=1.0).dtype == torch.bfloat16
 
 
+def test_figures_of_large_bf16_activations_are_those_of_float64() -> None:
+    """8 million entries that are not around zero: a running sum in bf16 would stop at 256 times its addend."""
+    shape = (32, 64, 64, 64)
+    generator = torch.Generator().manual_seed(3)
+    output, variable, gradient = (torch.randn(shape, generator=generator).add_(1.0).bfloat16() for _ in range(3))
+    refreshed = objective.refreshed_variable(variable, gradient, beta=10.0, scale=0.7)
+    exact = [tensor.double() for tensor in (output, variable, gradient)]
+    exact_refreshed = objective.refreshed_variable(exact[1], exact[2], beta=10.0, scale=0.7)
+    pairs = {
+        "coupling loss": [
+            objective.coupling_loss(x, y, beta=10.0, scale=0.7) for x, y, *_ in ((output, variable), exact)
+        ],
+        "mismatch": [objective.relative_mismatch(y, x) for x, y, *_ in ((output, variable), exact)],
+        "variance": [objective.batch_variance(y) for y in (variable, exact[1])],
+        "adjoint": [
+            objective.adjoint_ratio(variable, refreshed, output),
+            objective.adjoint_ratio(exact[1], exact_refreshed, exact[0]),
+        ],
+    }
+    for name, (found, expected) in pairs.items():
+        assert found.dtype == torch.float32, name
+        torch.testing.assert_close(
+            found.double(), expected, rtol=1e-3, atol=0.0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    forces = (objective.match_force(x[1], x[0], rho=1.0, scale=0.7) for x in ((output, variable), exact))
+    found, expected = (force.double().square().sum() for force in forces)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0.0)  # of a sum over roundings that go both ways
+
+
+def test_the_gradient_of_a_large_bf16_coupling_loss_is_that_of_float64() -> None:
+    output, target = (tensor.bfloat16() for tensor in tensors(2, shape=(64, 32, 32, 32)))
+    found, expected = (tensor.detach().requires_grad_() for tensor in (output, output.double()))
+    objective.coupling_loss(found, target, beta=10.0, scale=0.7).backward()
+    objective.coupling_loss(expected, target.double(), beta=10.0, scale=0.7).backward()
+    assert found.grad is not None
+    torch.testing.assert_close(found.grad.double(), expected.grad, rtol=2**-8, atol=0.0)  # one rounding to bf16
+
+
 def test_adjoint_ratio_is_one_where_task_and_coupling_pull_alike() -> None:
     output, variable = tensors(2)
     assert objective.adjoint_ratio(variable, 2 * variable - output, output).item() == pytest.approx(1.0)

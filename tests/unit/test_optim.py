@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from dsaux.optim import CosineTail, make_aux_optimizer
+from dsaux.optim import CosineTail, make_aux_optimizer, stage_optimizer, with_fused
 
 
 def parameter() -> torch.Tensor:
@@ -16,6 +18,48 @@ def test_the_named_optimizer_is_built_with_its_parameters() -> None:
     optimizer = make_aux_optimizer([parameter()], "SGD", {"lr": 0.3, "momentum": 0.9})
     assert type(optimizer) is torch.optim.SGD
     assert optimizer.param_groups[0]["lr"] == 0.3
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_on_a_gpu_an_optimizer_that_can_be_is_fused_unless_the_user_says_otherwise(name: str) -> None:
+    assert with_fused(name, {"lr": 0.1}, device_type="cuda") == {"lr": 0.1, "fused": True}
+    assert with_fused(name, {"lr": 0.1, "fused": None}, device_type="cuda") == {"lr": 0.1, "fused": True}
+    for said in ({"fused": False}, {"fused": True}, {"foreach": True}, {"foreach": False}):
+        assert with_fused(name, said, device_type="cuda") == said
+    getattr(torch.optim, name)([parameter()], **with_fused(name, {"lr": 0.1}, device_type="cuda"))  # takes the argument
+
+
+@pytest.mark.parametrize(("name", "device_type"), [("SGD", "cpu"), ("AdamW", "cpu"), ("RMSprop", "cuda")])
+def test_on_a_cpu_and_for_other_optimizers_nothing_is_added(name: str, device_type: str) -> None:
+    assert with_fused(name, {"lr": 0.1}, device_type=device_type) == {"lr": 0.1}
+    assert with_fused("SGD", {"fused": True}, device_type="cpu") == {"fused": True}
+
+
+@pytest.mark.parametrize(
+    ("block", "is_fused"),
+    [
+        ({"type": "SGD", "params": {"lr": 0.1}}, True),
+        ({"type": "SGD"}, True),
+        ({"type": "SGD", "params": {"foreach": True}}, False),
+        ({"type": "Adam", "params": {"lr": 0.1}}, False),  # DeepSpeed's own, which is fused and does not know the word
+        ({"type": "adamw", "params": {"torch_adam": False}}, False),
+        ({"type": "adamw", "params": {"torch_adam": True}}, True),
+        ({"type": "Adam", "params": {"torch_adam": True, "foreach": False}}, False),
+        ({"type": "Lamb", "params": {}}, False),
+        ({"type": "RMSprop", "params": {"lr": 0.1}}, False),
+    ],
+)
+def test_the_stages_optimizer_is_fused_where_deepspeed_takes_it_from_pytorch(
+    block: dict[str, Any], is_fused: bool
+) -> None:
+    found = stage_optimizer(block, device_type="cuda")
+    assert found["type"] == block["type"]
+    assert found.get("params", {}) == {**block.get("params", {}), **({"fused": True} if is_fused else {})}
+    assert stage_optimizer(block, device_type="cpu").get("params", {}) == block.get("params", {})
+
+
+def test_the_auxnets_optimizer_on_a_cpu_is_as_pytorch_chooses() -> None:
+    assert make_aux_optimizer([parameter()], "SGD", {"lr": 0.1}).defaults["fused"] is None
 
 
 def test_the_tail_falls_from_its_rate_to_zero_as_half_a_cosine() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from dsaux.config import ConfigError
 from dsaux.models import build_layers
+from dsaux.models.shapes import SampleSpec
 from dsaux.partition import Partition, SegmentTimes, balance, choose_bounds
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def choose(method: object, num_stages: int, *, model: str = "resnet14", with_aux
         method,  # type: ignore[arg-type]
         layers=build_layers(model, num_classes=5),
         num_stages=num_stages,
-        input_shape=(3, 16, 16),
+        input_spec=(3, 16, 16),
         aux_depth=1,
         aux_width=1.0,
         aux_segment="light",
@@ -57,6 +58,29 @@ def test_balance_finds_the_optimum(num_stages: int, trial: int) -> None:
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4, 6])
 @pytest.mark.parametrize("trial", range(5))
+def test_balance_counts_a_local_head_with_the_stage_that_has_it(num_stages: int, trial: int) -> None:
+    draw = random.Random(trial)
+    costs = [draw.uniform(0.1, 3.0) for _ in range(9)]
+    specs = [SampleSpec((size,)) for size in (1, 1, 1, 2, 2, 2, 3, 3, 3)]
+    table = {SampleSpec((1,)): draw.uniform(0.1, 3.0), SampleSpec((2,)): float("inf"), SampleSpec((3,)): 0.1}
+
+    def stages(bounds: tuple[int, ...]) -> list[float]:
+        own = [table[specs[cut - 1]] for cut in bounds[1:-1]]
+        return [sum(costs[a:b]) + head for (a, b), head in zip(itertools.pairwise(bounds), [*own, 0.0], strict=True)]
+
+    cuts = itertools.combinations(range(1, 9), num_stages - 1)
+    best = min(max(stages((0, *inner, 9))) for inner in cuts)
+    if best == float("inf"):
+        with pytest.raises(ValueError, match="whose boundaries have local heads"):
+            balance(costs, num_stages=num_stages, specs_after=specs, heads=table.__getitem__)
+        return
+    bounds, stage_costs = balance(costs, num_stages=num_stages, specs_after=specs, heads=table.__getitem__)
+    assert max(stage_costs) == pytest.approx(best)
+    assert list(stage_costs) == pytest.approx(stages(bounds))
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 6])
+@pytest.mark.parametrize("trial", range(5))
 def test_balance_counts_the_segments_that_each_stage_evaluates(num_stages: int, trial: int) -> None:
     draw = random.Random(trial)
     costs = [draw.uniform(0.1, 3.0) for _ in range(9)]
@@ -66,7 +90,7 @@ def test_balance_counts_the_segments_that_each_stage_evaluates(num_stages: int, 
     def segment(a: object, b: object) -> float:
         return table[a, b]
 
-    bounds, stage_costs = balance(costs, num_stages=num_stages, shapes_after=shapes, segments=segment)
+    bounds, stage_costs = balance(costs, num_stages=num_stages, specs_after=shapes, segments=segment)
     assert max(stage_costs) == pytest.approx(brute_force(costs, num_stages, shapes, segment))
     assert bounds[0] == 0
     assert bounds[-1] == 9
@@ -76,11 +100,11 @@ def test_balance_counts_the_segments_that_each_stage_evaluates(num_stages: int, 
 def test_cuts_that_the_auxnet_cannot_make_are_never_chosen() -> None:
     shapes = [(1,), (2,), (2,), (1,)]
     bounds, _ = balance(
-        [1.0] * 4, num_stages=2, shapes_after=shapes, segments=lambda a, b: 0.0 if b == (1,) else float("inf")
+        [1.0] * 4, num_stages=2, specs_after=shapes, segments=lambda a, b: 0.0 if b == (1,) else float("inf")
     )
     assert bounds == (0, 1, 4)
     with pytest.raises(ValueError, match="cannot be cut into 2 stages"):
-        balance([1.0] * 4, num_stages=2, shapes_after=shapes, segments=lambda a, b: float("inf"))
+        balance([1.0] * 4, num_stages=2, specs_after=shapes, segments=lambda a, b: float("inf"))
 
 
 def test_segment_times_are_measured_once_for_each_pair_of_shapes() -> None:
@@ -90,7 +114,7 @@ def test_segment_times_are_measured_once_for_each_pair_of_shapes() -> None:
         asked.append((source, target, first))
         return 1.0
 
-    times = SegmentTimes(measure, input_shape=(3, 8, 8))
+    times = SegmentTimes(measure, input_spec=(3, 8, 8))
     assert [times(None, (4, 8, 8)), times(None, (4, 8, 8)), times((4, 8, 8), (4, 8, 8))] == [1.0, 1.0, 1.0]
     assert asked == [((3, 8, 8), (4, 8, 8), True), ((4, 8, 8), (4, 8, 8), False)]
 

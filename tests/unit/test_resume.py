@@ -9,7 +9,7 @@ import pytest
 
 from dsaux.checkpoint import partial_folder, publish, write_file
 from dsaux.config import Config, ConfigError, Launch, config_from_dict
-from dsaux.resume import Start, changes_since, check_start, config_of, plan_start
+from dsaux.resume import Start, _check_agreement, changes_since, check_start, config_of, plan_start
 
 DOCUMENT = {
     "train_batch_size": 8,
@@ -111,7 +111,14 @@ def test_the_configuration_is_found_from_run_and_checkpoint() -> None:
 @pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("model.name", '"resnet14"'), ("data.train_samples", "99"), ("data.augment", "false"), ("run.seed", "5")],
+    [
+        ("model.name", '"resnet14"'),
+        ("data.train_samples", "99"),
+        ("data.augment", "false"),
+        ("data.cutout", "4"),
+        ("data.rand_augment", "2"),
+        ("run.seed", "5"),
+    ],
 )
 def test_another_network_or_stream_is_refused_on_every_rank(
     config: Config, key: str, value: str, is_first: bool
@@ -120,6 +127,18 @@ def test_another_network_or_stream_is_refused_on_every_rank(
     other = config_from_dict(DOCUMENT, overrides=[f"dsaux.{key}={value}"])
     with pytest.raises(ConfigError, match=rf"dsaux\.{key} is .* was trained with"):
         check_start(Start(source=run), other, LAUNCH, is_first=is_first)
+
+
+def test_a_run_from_before_a_key_goes_on_as_long_as_the_key_is_off(config: Config) -> None:
+    document = config.to_dict()
+    for key in ("cutout", "rand_augment"):
+        del document["dsaux"]["data"][key]
+    assert not [words for words in changes_since({"config": document}, config) if "cutout" in words]
+    content = {"config": document, "train_batch_size": 8}
+    _check_agreement(content, config, LAUNCH, source=Path("runs/a"))
+    other = config_from_dict(DOCUMENT, overrides=["dsaux.data.cutout=4"])
+    with pytest.raises(ConfigError, match=r"dsaux\.data\.cutout is 4 but runs/a was trained with 0"):
+        _check_agreement(content, other, LAUNCH, source=Path("runs/a"))
 
 
 def test_another_global_batch_is_refused(config: Config) -> None:
@@ -143,3 +162,15 @@ def test_changed_keys_are_named_with_both_values(config: Config) -> None:
     ]
     assert changes_since({"config": config.to_dict()}, config) == []
     assert changes_since({}, config) == []
+
+
+def test_the_data_sets_own_image_size_agrees_with_the_number(config: Config) -> None:
+    """Older versions wrote 32 where null stands now."""
+    run = make_run("runs/a", steps=(3,), config=config_from_dict(DOCUMENT, overrides=["dsaux.data.image_size=32"]))
+    assert check_start(Start(source=run), config, LAUNCH, is_first=True) is not None
+    assert changes_since({"config": {"dsaux": {"data": {"name": "photos", "image_size": 32}}}}, config) == (
+        changes_since({"config": {"dsaux": {"data": {"name": "photos"}}}}, config)
+    )
+    other = config_from_dict(DOCUMENT, overrides=["dsaux.data.image_size=16"])
+    with pytest.raises(ConfigError, match=r"dsaux\.data\.image_size is 16 but runs/a was trained with 32"):
+        check_start(Start(source=run), other, LAUNCH, is_first=True)

@@ -12,12 +12,16 @@ import pytest
 from dsaux.config import ConfigError
 from dsaux.runtime import Place
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS", "SLURM_PROCID")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in VARIABLES})
+    monkeypatch.setattr(
+        os,
+        "environ",
+        {key: value for key, value in os.environ.items() if key not in VARIABLES and not key.startswith("SLURM_")},
+    )
 
 
 def test_without_variables_this_is_the_only_process() -> None:
@@ -27,7 +31,9 @@ def test_without_variables_this_is_the_only_process() -> None:
 
 
 def test_a_launchers_variables_are_read() -> None:
-    os.environ.update(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
+    os.environ.update(
+        RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", MASTER_ADDR="n1", MASTER_PORT="29500"
+    )
     place = Place.from_environment()
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
 
@@ -39,7 +45,7 @@ def test_a_launchers_variables_are_read() -> None:
         ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "as whole numbers"),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "ranks go from 0 to 1"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, "Slurm started 4 tasks"),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "for 4 tasks .* would train alone"),
     ],
 )
 def test_a_contradictory_environment_is_refused(variables: dict[str, str], message: str) -> None:
@@ -55,10 +61,12 @@ def test_a_contradictory_environment_is_refused(variables: dict[str, str], messa
         ("raise ConfigError('beta is -1')", 2, "error: beta is -1"),
         ("raise RuntimeError('lost')", 1, "error: RuntimeError: lost"),
         ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("raise DivergedError('the loss is nan in step 3')", 1, "error: the loss is nan in step 3"),
     ],
 )
 def test_exit_code_and_last_line_of_a_run(body: str, code: int, last_line: str | None) -> None:
-    script = f"from dsaux.runtime import run_and_exit, ConfigError\ndef main():\n    {body}\nrun_and_exit(main)"
+    names = "from dsaux.runtime import run_and_exit, ConfigError\nfrom dsaux.watch_rules import DivergedError"
+    script = f"{names}\ndef main():\n    {body}\nrun_and_exit(main)"
     root = Path(__file__).resolve().parent.parent.parent
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=60)
     assert done.returncode == code
@@ -66,7 +74,33 @@ def test_exit_code_and_last_line_of_a_run(body: str, code: int, last_line: str |
     assert (lines[-1] if lines else None) == (
         None if last_line is None else f"[rank 0 on {os.uname().nodename}] {last_line}"
     )
-    assert ("Traceback" in done.stderr) == (code == 1)
+    assert ("Traceback" in done.stderr) == ("RuntimeError" in body), "for errors of the program alone"
+
+
+def test_a_thread_in_the_background_does_not_turn_the_end_of_a_finished_run_into_an_abort() -> None:
+    script = """
+import atexit, threading, time
+import torch
+from dsaux.runtime import run_and_exit
+
+def spin():  # in and out of native code, which gives the interpreter's lock away and takes it back
+    x = torch.zeros(64, 64)
+    while True:
+        x = x @ x
+
+def main():
+    atexit.register(print, "registered")
+    threading.Thread(target=spin, daemon=True).start()
+    time.sleep(0.2)
+    threading.Thread(target=lambda: (time.sleep(0.2), print("waited for"))).start()
+    print("done")
+
+if __name__ == "__main__":
+    run_and_exit(main)
+"""
+    root = Path(__file__).resolve().parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=60)
+    assert (done.returncode, done.stdout.split("\n")) == (0, ["done", "waited for", "registered", ""]), done.stderr
 
 
 def test_cores_are_divided_among_the_processes_of_a_host() -> None:

@@ -15,6 +15,7 @@ import torch
 from dsaux.config import ConfigError
 from dsaux.data import ImageDataset, ReplicaStream
 from dsaux.data import test_batches as share_of_test_set
+from dsaux.data.augment import CropFlip
 from dsaux.data.stream import TrainPlan
 
 
@@ -160,29 +161,30 @@ def test_a_closed_stream_goes_on_where_it_stood(loader):
 
 
 def test_any_position_is_addressed_without_the_ones_before():
-    arguments: dict[str, Any] = {"seed": 5, "replica": 1, "num_replicas": 2, "augment": True}
+    arguments: dict[str, Any] = {"seed": 5, "replica": 1, "num_replicas": 2, "augmentation": CropFlip()}
     arguments |= {"micro_batch_size": 8, "micro_batches_per_step": 2}
-    replayed = TrainPlan(np.arange(100), **arguments)
+    replayed = TrainPlan(100, **arguments)
     for position in range(50):
         rows = replayed.rows(position)
-    direct = TrainPlan(np.arange(100), **arguments).rows(49)
-    for name in ("indices", "top", "left", "flip", "labels"):
-        assert np.array_equal(getattr(rows, name), getattr(direct, name))
+    direct = TrainPlan(100, **arguments).rows(49)
+    assert np.array_equal(rows.indices, direct.indices)
+    for name in ("top", "left", "flip"):
+        assert np.array_equal(rows.draws[name], direct.draws[name])
 
 
 def test_crops_reach_all_of_the_padding_and_half_of_them_are_flipped():
     plan = TrainPlan(
-        np.zeros(4000, dtype=np.int64),
+        4000,
+        augmentation=CropFlip(),
         seed=0,
         replica=0,
         num_replicas=1,
         micro_batch_size=4000,
         micro_batches_per_step=1,
-        augment=True,
     )
-    rows = plan.rows(0)
-    assert set(rows.top) == set(rows.left) == set(range(9))
-    assert abs(rows.flip.mean() - 0.5) < 0.05  # six standard deviations
+    draws = plan.rows(0).draws
+    assert set(draws["top"]) == set(draws["left"]) == set(range(9))
+    assert abs(draws["flip"].mean() - 0.5) < 0.05  # six standard deviations
 
 
 def test_without_augmentation_the_images_come_as_they_are_but_shuffled():
@@ -198,7 +200,7 @@ def test_without_augmentation_the_images_come_as_they_are_but_shuffled():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"micro_batch_size": 101}, r"100 images, fewer than one global batch of 101"),
+        ({"micro_batch_size": 101}, r"100 samples, fewer than one global batch of 101"),
         (
             {"micro_batches_per_step": 4, "num_replicas": 4},
             r"global batch of 128 .*8 x micro-batches 4 x replicas 4",

@@ -53,7 +53,7 @@ def test_check_passes_a_good_configuration():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"name": "imagenet"}, r'dsaux\.data\.name is "imagenet".*photos, synthetic'),
+        ({"name": "mnist"}, r'dsaux\.data\.name is "mnist".*photos, synthetic'),
         ({"root": "/no/such/folder"}, r'dsaux\.data\.root is "/no/such/folder".*Remove dsaux\.data\.root'),
         ({"root": "/"}, r'dsaux\.data\.root is "/".*Remove'),
         ({"image_size": 7}, r"dsaux\.data\.image_size is 7; synthetic .* 8 \.\. 512"),

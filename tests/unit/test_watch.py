@@ -16,6 +16,7 @@ from dsaux.runtime import Place
 from dsaux.watch import Watch
 from dsaux.watch_board import locate, machine, main_thread_frames, process_exists
 from dsaux.watch_rules import (
+    DivergedError,
     RunFailedError,
     Seen,
     Sign,
@@ -23,6 +24,7 @@ from dsaux.watch_rules import (
     describe,
     find_gone,
     find_stalled,
+    headline,
     is_consequence,
 )
 
@@ -55,11 +57,28 @@ def stalled(*ranks: Seen, missing: tuple[int, ...] = ()) -> tuple[str, tuple[int
     return cause and (cause.text, cause.ranks)
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(ValueError("first\nsecond"), "ValueError: first"), (ValueError(" \n"), "ValueError"), (KeyError(), "KeyError")],
+)
+def test_the_headline_of_an_error_is_its_kind_and_first_line(error: Exception, words: str) -> None:
+    assert headline(error) == words
+
+
 def test_a_process_that_has_ended_is_gone_at_once() -> None:
     assert gone(seen(1), seen(2), dead=(2,)) == (
         "rank 2 (host node2, stage 2, step 120, training step) is gone: its process was killed (out of memory? see "
         "dmesg) or crashed (see its own output)"
     )
+
+
+def test_of_ranks_that_went_together_rank_0_was_the_first_unless_another_is_silent_for_longer() -> None:
+    text = gone(seen(0, silent_s=1.0), seen(2, silent_s=2.5), dead=(0, 2))
+    assert text is not None
+    assert text.startswith("rank 0 (")
+    text = gone(seen(0, silent_s=1.0), seen(2, silent_s=3.5), dead=(0, 2))
+    assert text is not None
+    assert text.startswith("rank 2 (")
 
 
 def test_a_rank_of_another_host_is_gone_when_it_is_silent_for_too_long() -> None:
@@ -77,9 +96,9 @@ def test_silence_alone_does_not_make_a_living_process_gone() -> None:
 
 
 def test_of_several_that_are_gone_the_first_is_named() -> None:
-    text = gone(seen(0, silent_s=1.0), seen(1, silent_s=2.0), dead=(0, 1))
+    text = gone(seen(1, silent_s=1.0), seen(2, silent_s=2.0), dead=(1, 2))
     assert text is not None
-    assert text.startswith("rank 1 ")
+    assert text.startswith("rank 2 ")
 
 
 def test_a_rank_that_has_ended_as_it_should_is_never_missed() -> None:
@@ -133,6 +152,7 @@ def test_behind_is_the_lowest_step_of_those_that_do_not_wait() -> None:
     ("error", "text"),
     [
         (RuntimeError("the loss\n  is nan"), "RuntimeError: the loss is nan"),
+        (DivergedError("the loss\n  is nan"), "the loss is nan"),
         (KeyError(), "KeyError"),
         (KeyboardInterrupt(), "interrupted"),
         (MemoryError(), "out of memory. Lower train_batch_size, or set pipeline.activation_checkpoint_interval to 1."),
