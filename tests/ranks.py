@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest.mock import patch
 
 from dsaux.rendezvous import free_port
 
@@ -32,6 +33,7 @@ def run_ranks(
     *args: Any,
     time_limit_s: float = TIME_LIMIT_S,
     ends_early: bool = False,
+    device: str = "cpu",
 ) -> list[Any]:
     """Call `target(*args)` in `world_size` processes joined by gloo; return the results in rank order.
 
@@ -42,20 +44,25 @@ def run_ranks(
         time_limit_s: seconds until hanging ranks are ended.
         ends_early: a rank's process ends with its own result, so that a rank which waits for it loses its peer, as it
             does in a run; otherwise all live until the last one has its result.
+        device: "cpu"; or "cuda", where all ranks share the first GPU and talk through NCCL.
 
     Raises:
         RankError: with the traceback of the first rank that failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context: Any
+    if device == "cpu":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+    else:  # a fork of a process that has asked for GPUs can't use them
+        context = multiprocessing.get_context("spawn")
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe()
-        process = context.Process(
-            target=_rank_main, args=(sender, target, args, rank, world_size, port, ends_early), daemon=True
-        )
-        process.start()
+        environment = rank_environment(rank, world_size, port=port, device=device)
+        process = context.Process(target=_rank_main, args=(sender, target, args, environment, ends_early), daemon=True)
+        with patch.dict(os.environ, environment):  # what the ranks import looks at it
+            process.start()
         sender.close()
         pipes.append(receiver)
         processes.append(process)
@@ -90,24 +97,36 @@ def _collect(pipes: list[Connection], world_size: int, *, deadline: float) -> li
     return [results[rank] for rank in range(world_size)]
 
 
+def rank_environment(rank: int, world_size: int, *, port: int, device: str) -> dict[str, str]:
+    """What a launcher would set for one rank on this machine.
+
+    Args:
+        rank: its rank.
+        world_size: processes.
+        port: where they meet.
+        device: "cpu"; or "cuda", for ranks that share the first GPU. NCCL refuses two ranks of a host on one GPU: each
+            says that it is a host of its own, and they talk over the loopback interface.
+    """
+    alone = device == "cuda"
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0" if alone else str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": "1" if alone else str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": device,
+    }
+    if alone:
+        environment |= {"NCCL_HOSTID": f"rank-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # sums that repeat their bits
+    return environment
+
+
 def _rank_main(
-    sender: Connection,
-    target: Callable[..., Any],
-    args: tuple[Any, ...],
-    rank: int,
-    world_size: int,
-    port: int,
-    ends_early: bool,
+    sender: Connection, target: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], ends_early: bool
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-    )
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)

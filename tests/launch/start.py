@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import free_port
+from tests.ranks import free_port, rank_environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIME_LIMIT_S = 300.0  # the first start on a machine compiles an operation of DeepSpeed's
@@ -63,7 +63,13 @@ class Ranks:
 
 
 def start_ranks(
-    arguments: Sequence[str], *, world_size: int, folder: Path, file_bytes: int | None = None, **variables: str
+    arguments: Sequence[str],
+    *,
+    world_size: int,
+    folder: Path,
+    file_bytes: int | None = None,
+    device: str = "cpu",
+    **variables: str,
 ) -> Ranks:
     """Start `train.py arguments` on each rank.
 
@@ -72,6 +78,7 @@ def start_ranks(
         world_size: processes.
         folder: where the logs go; must not exist.
         file_bytes: largest file that a rank may write, as on a disk that is nearly full; None for no limit.
+        device: "cpu", or "cuda" for ranks that share the first GPU.
         variables: further environment variables.
     """
     folder.mkdir(parents=True)
@@ -80,13 +87,7 @@ def start_ranks(
     for rank in range(world_size):
         environment = {
             **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
+            **rank_environment(rank, world_size, port=port, device=device),
             "OMP_NUM_THREADS": "1",
             **variables,
         }
