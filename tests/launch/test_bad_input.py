@@ -96,7 +96,7 @@ def test_wrong_input(case: BadInput, outcomes: dict[str, Future[Outcome]]) -> No
 
 def _run(case: BadInput, folder: Path) -> Outcome:
     _write_inputs(case, folder)
-    with socket.create_server(("127.0.0.1", free_port())) as meeting_point:
+    with _listen() as meeting_point:
         # a process group would meet at this port: rank 0 cannot open it while it is ours, others connect to it
         port = meeting_point.getsockname()[1]
         processes = [_start(case, folder, rank=rank, port=port) for rank in range(WORLD_SIZE)]
@@ -113,6 +113,20 @@ def _run(case: BadInput, folder: Path) -> Outcome:
         for process, output in zip(processes, outputs, strict=True)
     ]
     return Outcome(ranks, met)
+
+
+def _listen() -> socket.socket:
+    """A socket that listens at a free port.
+
+    A process that another thread starts holds the probe of a free port until its program begins: then the port, free a
+    moment before, is in use.
+    """
+    for _ in range(100):
+        try:
+            return socket.create_server(("127.0.0.1", free_port()))
+        except OSError:
+            time.sleep(0.01)
+    raise AssertionError("no port is free")
 
 
 def _write_inputs(case: BadInput, folder: Path) -> None:
@@ -193,7 +207,7 @@ def test_wrong_input_through_the_deepspeed_launcher(name: str, tmp_path: Path) -
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     launcher = shutil.which("deepspeed", path=places)
     assert launcher is not None, "DeepSpeed's launcher is not installed"
-    with socket.create_server(("127.0.0.1", free_port())) as probe:
+    with _listen() as probe:
         port = probe.getsockname()[1]
     result = subprocess.run(
         [launcher, "--num_gpus", str(WORLD_SIZE), "--master_port", str(port), *_command(case, tmp_path)],
