@@ -1,8 +1,9 @@
 """The processes of one contestant: they wait for orders and measure blocks of steps, from barrier to barrier.
 
 Every contestant has processes of its own, so that neither memory nor a library's state is shared. All are started
-before the first measurement; only the one that has an order works, the others sleep on a pipe. So contestants can take
-turns block by block, and a slow minute of the machine meets all of them.
+before the first measurement; only the one that has an order works, the others are stopped (SIGSTOP): gloo's threads
+wake up a hundred times a second each, and those of twenty waiting processes took a tenth of the cores. So contestants
+can take turns block by block, and a slow minute of the machine meets all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import time
 import traceback
@@ -33,6 +35,7 @@ KEPT_STEPS = 2
 """Steps of a block whose sleeps are handed over, where asked for."""
 PRELOADED = ("torch", "deepspeed", "dsaux.engine", "dsaux.bootstrap", "work")
 _CLONE_NEWNET = 0x40000000
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._signal(signal.SIGCONT)
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.send(None)
@@ -145,6 +149,7 @@ class Crew:
         Raises:
             CrewError: if a rank failed or did not answer within the timeout.
         """
+        self._signal(signal.SIGCONT)
         for connection in self._connections:
             with contextlib.suppress(OSError):  # one that died before is found below
                 connection.send(order)
@@ -164,7 +169,13 @@ class Crew:
                 if isinstance(answer, str):
                     raise CrewError(f"{self.team.contestant}, rank {rank}: {answer}")
                 windows[rank] = answer
+        self._signal(signal.SIGSTOP)
         return [window for window in windows if window is not None]
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
 
 
 def preload() -> None:
@@ -177,6 +188,8 @@ def preload() -> None:
 
 
 def _rank_main(connection: Any, team: Team, rank: int, port: int) -> None:
+    # A stopped process does not notice that nobody is left to wake it up.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # libraries that print
             _serve(connection, team, rank, port)
