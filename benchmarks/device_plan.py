@@ -103,8 +103,7 @@ def plan(*, quick: bool) -> list[Measurement]:
     return [
         *_grid(RESNET110, both, first),
         *_grid(WHOLE_RESNET50, ("bf16",), ("bare", "compiled", "compiled graphed", "graphed", "eager")),
-        *_grid(RESNET110, ("bf16",), ("compiled graphed",)),
-        *_grid(RESNET110, ("fp32",), ("compiled graphed",)),
+        *_grid(RESNET110, ("bf16", "fp32"), ("compiled graphed",)),
         *_grid(RESNET50, ("bf16",), (*first, "compiled graphed")),
         *_grid(WIDE, ("bf16",), first),
         *_grid(WHOLE_RESNET50, ("bf16",), ("graphed", "compiled graphed"), channels_last=False),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains several stages on one GPU: to try a configuration, a schedule or CUDA graphs before there are more GPUs.
-# It is slower than one stage on that GPU: the processes take turns, and their messages go through the host.
+# Its times say nothing of several GPUs: the processes take turns, and their messages go through the host.
 #
 #   launchers/one_gpu.sh [options of train.py]
 #   PROCESSES=3 launchers/one_gpu.sh --set dsaux.pipeline.stages=3 --set dsaux.run.cuda_graphs=true

@@ -11,16 +11,15 @@ import pytest
 import torch
 
 from dsaux.engine import AuxPipelineEngine
+from tests.multiprocess.test_replicas import BF16, ZERO_1
+from tests.multiprocess.test_stage_graphs import OVERLAP
 from tests.ranks import run_ranks
 from tests.small_engine import Case, build, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-STEPS, EVALUATED_AFTER = 12, 7
+STEPS, DRAINED_AFTER = 12, 7
 GRAPHS = {"cuda_graphs": True}
-BF16 = {"bf16": {"enabled": True}}
-ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
-OVERLAP = {"dsaux": {"aux": {"overlap": True}}}
 TRANSPORT = {"dsaux": {"aux": {"transport": "bf16"}}}
 SINGLE = torch.float32
 
@@ -33,7 +32,7 @@ CASES = {
     "al, bf16 transport": Case((0, 3, 6), "al", dtype=SINGLE, changes=TRANSPORT),
     "local": Case((0, 3, 6), "local", accumulation=2),
     "1f1b": Case((0, 3, 6), "1f1b", accumulation=2),
-    "al, 3 stages": Case((0, 2, 4, 6), "al", drain_after=(EVALUATED_AFTER,)),
+    "al, 3 stages": Case((0, 2, 4, 6), "al", drain_after=(DRAINED_AFTER,)),
     "penalty, 3 stages": Case((0, 2, 4, 6), "penalty"),
     "local, 3 stages": Case((0, 2, 4, 6), "local"),
     "al, 4 stages": Case((0, 1, 2, 4, 6), "al", accumulation=2),

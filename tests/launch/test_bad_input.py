@@ -207,10 +207,8 @@ def test_wrong_input_through_the_deepspeed_launcher(name: str, tmp_path: Path) -
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     launcher = shutil.which("deepspeed", path=places)
     assert launcher is not None, "DeepSpeed's launcher is not installed"
-    with _listen() as probe:
-        port = probe.getsockname()[1]
     result = subprocess.run(
-        [launcher, "--num_gpus", str(WORLD_SIZE), "--master_port", str(port), *_command(case, tmp_path)],
+        [launcher, "--num_gpus", str(WORLD_SIZE), "--master_port", str(free_port()), *_command(case, tmp_path)],
         cwd=tmp_path,
         env=_environment(case, tmp_path),
         stdin=subprocess.DEVNULL,
