@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -150,9 +151,16 @@ class Crew:
             CrewError: if a rank failed or did not answer within the timeout.
         """
         self._signal(signal.SIGCONT)
-        for connection in self._connections:
-            with contextlib.suppress(OSError):  # one that died before is found below
-                connection.send(order)
+        try:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):  # one that died before is found below
+                    connection.send(order)
+            return self._windows()
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _windows(self) -> list[Window]:
+        """What the ranks answer to an order."""
         windows: list[Window | None] = [None] * self.team.ranks
         deadline = time.monotonic() + TIMEOUT_S
         while None in windows:
@@ -169,7 +177,6 @@ class Crew:
                 if isinstance(answer, str):
                     raise CrewError(f"{self.team.contestant}, rank {rank}: {answer}")
                 windows[rank] = answer
-        self._signal(signal.SIGSTOP)
         return [window for window in windows if window is not None]
 
     def _signal(self, number: signal.Signals) -> None:
@@ -225,6 +232,7 @@ def _serve(connection: Any, team: Team, rank: int, port: int) -> None:
 
 def measure(runner: Runner, order: Order, *, work: Work, interface: str) -> Window:
     """Warm up, fill, measure from barrier to barrier, drain; a collective call of all ranks."""
+    give_memory_back()
     for _ in range(runner.fill + order.warmup):
         runner.step()
     reset_peak_memory()
@@ -276,6 +284,15 @@ def interface_bytes(interface: str) -> int:
             values = [int(value) for value in counters.split()]
             return values[8] + (0 if interface == "lo" else values[0])
     raise RuntimeError(f"there is no network interface {interface!r} here")
+
+
+def give_memory_back() -> None:
+    """Give what this process has freed and kept (`dsaux.runtime.keep_freed_memory`) back to the kernel.
+
+    Else a block's peak would be that of the largest block before it, with another number of micro-batches.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_memory() -> None:

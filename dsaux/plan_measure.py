@@ -26,6 +26,7 @@ from dsaux.partition import TIMED_RUNS, LayerTimes, layer_times, measure, wait_f
 from dsaux.plan_neighbours import Neighbours
 from dsaux.plan_split import measure_split
 from dsaux.plan_workload import IMPOSSIBLE, BackwardSplit, SegmentCost, Workload
+from dsaux.runtime import keep_freed_memory
 
 _NUMBER = 4
 """Bytes of a number: times are measured in float32, sizes counted in it."""
@@ -63,6 +64,8 @@ def measure_workload(
         timed_up_to: largest micro-batch to time, larger ones are scaled from it; 0 times all.
         neighbours: processes that compute on other cores meanwhile, on a CPU: the ranks beside one.
     """
+    if device.type == "cpu":
+        keep_freed_memory()  # as ranks do
     meter = _Meter(
         layers, as_spec(input_spec), device=device, seed=seed, timed_up_to=timed_up_to, neighbours=neighbours
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,28 @@ def test_cores_are_divided_among_the_processes_of_a_host() -> None:
     root = Path(__file__).resolve().parent.parent.parent
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_memory_that_a_tensor_has_freed_is_kept_for_the_next_one() -> None:
+    script = """
+import resource, sys, torch
+from dsaux.runtime import keep_freed_memory
+if "keep" in sys.argv:
+    assert keep_freed_memory()
+torch.set_num_threads(1)
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(2**24)  # 64 MiB: more than glibc ever keeps by itself
+before = page_faults()
+for _ in range(5):
+    torch.ones(2**24)
+print(page_faults() - before)
+"""
+    faults = {}
+    for name in ("keep", "leave"):
+        command = [sys.executable, "-c", script, name]
+        faults[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert faults["leave"] > 5 * 2**10, "else there is nothing to keep"
+    assert faults["keep"] < faults["leave"] / 10, faults
