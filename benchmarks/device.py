@@ -25,7 +25,17 @@ import torch
 from device_clock import free, matmul_peak, time_blocks
 from device_plan import RESNET110, TINY, Measurement, Network, plan
 from seeds import Row, append_line, read_lines
-from stage_step import Bare, Compiled, CompiledGraphed, Eager, Graphed, StageStep, deterministic_kernels, losses
+from stage_step import (
+    AsideStep,
+    Bare,
+    Compiled,
+    CompiledGraphed,
+    Eager,
+    Graphed,
+    StageStep,
+    deterministic_kernels,
+    losses,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsaux.environment import describe_environment
@@ -60,12 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, steps = (TINY, 10) if arguments.quick else (RESNET110, EQUALITY_STEPS)
     whole = replace(network, stages=1)
     left = [one for one in plan(quick=arguments.quick) if not (arguments.add and _is_measured(one, arguments.out))]
+    precisions = ("fp32", "bf16")
+    known = {row["case"] for row in read_lines(arguments.out) if row["failed"] is None} if arguments.add else set()
     first: Iterator[Row] = itertools.chain(
-        (equality_row(network, index, steps=steps, device=device) for index in range(network.stages)),
-        (engine_row(whole, precision, device=device, quick=arguments.quick) for precision in ("fp32", "bf16")),
+        (
+            equality_row(network, index, precision, steps=steps, device=device)
+            for precision, index in itertools.product(precisions, range(network.stages))
+            if equality_case(network, index, precision) not in known
+        ),
+        (
+            engine_row(whole, precision, device=device, quick=arguments.quick)
+            for precision in precisions
+            if engine_case(whole, precision) not in known
+        ),
     )
     rows: Iterator[Row] = itertools.chain(
-        () if arguments.add else first,
+        first,
         (measured_row(one, device=device, peak=peaks[one.precision], quick=arguments.quick) for one in _taken(left)),
     )
     while time.monotonic() < ends and (row := next(rows, None)) is not None:
@@ -146,7 +166,7 @@ def measured_row(measurement: Measurement, *, device: torch.device, peak: float,
 
 def _figures(measurement: Measurement, *, device: torch.device, peak: float, quick: bool) -> Row:
     free(device)
-    step = StageStep(measurement.stage(), device)
+    step = (AsideStep if "aside" in measurement.mode else StageStep)(measurement.stage(), device)
     with FlopCounterMode(display=False) as counter:
         step.passes()
     step.clear()
@@ -174,11 +194,21 @@ def _figures(measurement: Measurement, *, device: torch.device, peak: float, qui
     }
 
 
-def equality_row(network: Network, index: int, *, steps: int, device: torch.device) -> Row:
+def equality_case(network: Network, index: int, precision: str) -> str:
+    """Name of an equality line."""
+    return f"{network.model}, batch {network.batch}, K={network.stages}, stage {index}, {precision}, equality"
+
+
+def engine_case(network: Network, precision: str) -> str:
+    """Name of an engine line."""
+    return f"{network.model}, batch {network.batch}, K=1, {precision}"
+
+
+def equality_row(network: Network, index: int, precision: str, *, steps: int, device: torch.device) -> Row:
     """One line: whether a graphed stage has the losses of an eager one, with kernels that repeat their bits."""
     row: Row = {
         "kind": "equality",
-        "case": f"{network.model}, batch {network.batch}, K={network.stages}, stage {index}",
+        "case": equality_case(network, index, precision),
         "steps": steps,
         "skipped": why_skipped("graphed", device),
         "failed": None,
@@ -189,7 +219,7 @@ def equality_row(network: Network, index: int, *, steps: int, device: torch.devi
         found: dict[str, list[float]] = {}
         for name, mode in (("eager", "eager"), ("eager again", "eager"), ("graphed", "graphed")):
             with deterministic_kernels():
-                step = StageStep(Measurement(network, index, "fp32", mode).stage(), device)
+                step = StageStep(Measurement(network, index, precision, mode).stage(), device)
                 found[name] = losses(_runner(mode, step, device), steps)
         row["first_loss"], row["last_loss"] = found["eager"][0], found["eager"][-1]
         row["eager_largest_difference"] = _largest(found["eager"], found["eager again"])
@@ -204,8 +234,13 @@ def equality_row(network: Network, index: int, *, steps: int, device: torch.devi
 def engine_row(network: Network, precision: str, *, device: torch.device, quick: bool) -> Row:
     """One line: the engine with and without graphs, one stage; skipped where DeepSpeed is missing."""
     steps = 6 if quick else 50
-    case = f"{network.model}, batch {network.batch}, K=1, {precision}"
-    row: Row = {"kind": "engine", "case": case, "steps": steps, "skipped": None, "failed": None}
+    row: Row = {
+        "kind": "engine",
+        "case": engine_case(network, precision),
+        "steps": steps,
+        "skipped": None,
+        "failed": None,
+    }
     try:
         timed = functools.partial(time_blocks, device=device, quick=quick)
         row.update(engine_step.compare(network, precision=precision, steps=steps, device=device, time_blocks=timed))
@@ -223,7 +258,7 @@ def said(row: Row) -> str:
     name = (
         f"{row['case']}, {row['precision']}, {row['mode']}"
         if row["kind"] == "step"
-        else f"{row['case']}, {row['kind']}"
+        else row["case"] + (", the engine" if row["kind"] == "engine" else "")
     )
     if row["failed"] is not None:
         return f"{name}: failed, {row['failed']}"
@@ -258,6 +293,7 @@ def why_skipped(mode: str, device: torch.device) -> str | None:
         return None
     reasons = {
         "graphed": NO_GRAPHS,
+        "graphed aside": NO_GRAPHS,
         "compiled graphed": NO_GRAPHS,
         "compiled": COMPILED_ON_CPU,
         "bare": COMPILED_ON_CPU,
@@ -266,8 +302,8 @@ def why_skipped(mode: str, device: torch.device) -> str | None:
 
 
 def _runner(mode: str, step: StageStep, device: torch.device) -> Eager:
-    if mode in ("graphed", "compiled graphed"):
-        return {"graphed": Graphed, "compiled graphed": CompiledGraphed}[mode](step, CudaCapture(device))
+    if mode in ("graphed", "graphed aside", "compiled graphed"):
+        return {"compiled graphed": CompiledGraphed}.get(mode, Graphed)(step, CudaCapture(device))
     return {"eager": Eager, "compiled": Compiled, "bare": Bare}[mode](step)
 
 

@@ -110,6 +110,10 @@ def plan(*, quick: bool) -> list[Measurement]:
         *_grid(RESNET110, ("fp32", "bf16"), ("graphed",), channels_last=False),
         *_grid(WIDE, ("bf16",), ("graphed",), channels_last=False),
         *_grid(RESNET50, ("bf16",), ("graphed",), channels_last=False),
+        *_grid(RESNET110, both, ("graphed aside",), stages=(0, 1)),
+        *_grid(RESNET20, both, ("graphed aside",), stages=(0, 1)),
+        *_grid(RESNET50, ("bf16",), ("graphed aside",), stages=(0, 1, 2)),
+        *_grid(WIDE, ("bf16",), ("graphed aside",), stages=(0, 1, 2)),
         *_grid(RESNET20, both, first),
         *_grid(RESNET56, both, first),
         *_grid(RESNET110, both, ("compiled",)),
@@ -128,7 +132,13 @@ def plan(*, quick: bool) -> list[Measurement]:
 
 
 def _grid(
-    network: Network, precisions: Sequence[str], modes: Sequence[str], *, channels_last: bool = True
+    network: Network,
+    precisions: Sequence[str],
+    modes: Sequence[str],
+    *,
+    channels_last: bool = True,
+    stages: Sequence[int] | None = None,
 ) -> Iterator[Measurement]:
-    for precision, index, mode in itertools.product(precisions, range(network.stages), modes):
+    indices = range(network.stages) if stages is None else stages
+    for precision, index, mode in itertools.product(precisions, indices, modes):
         yield Measurement(network, index, precision, mode, channels_last)

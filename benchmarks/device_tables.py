@@ -9,7 +9,7 @@ from markdown import environment_line, table_line
 from seeds import Row, read_lines
 
 RESULTS = Path(__file__).resolve().parent / "results/device.jsonl"
-MODES = ("eager", "compiled", "graphed", "compiled graphed", "bare")
+MODES = ("eager", "compiled", "graphed", "compiled graphed", "graphed aside")
 _HEADS = (
     "network, batch",
     "stage",
@@ -18,6 +18,7 @@ _HEADS = (
     "compiled, ms",
     "graphed, ms",
     "compiled and graphed, ms",
+    "graphed, segment aside, ms",
     "eager / graphed",
     "plain loop compiled, ms",
     "AuxNet's share, graphed",
@@ -56,7 +57,7 @@ def _cells(modes: dict[str, Row]) -> list[str]:
         f"{first['model']}, {first['batch']}",
         f"{first['stage']} of {first['stages']}",
         first["precision"] + layout,
-        *(_milliseconds(modes.get(mode)) for mode in MODES[:4]),
+        *(_milliseconds(modes.get(mode)) for mode in MODES),
         ratio,
         _milliseconds(modes.get("bare")),
         "-" if graphed is None else f"{100 * graphed['aux_share']:.0f} %",
@@ -70,8 +71,9 @@ def _milliseconds(row: Row | None) -> str:
 
 
 def _equality(row: Row) -> str:
+    case = row["case"].removesuffix(", equality")
     return (
-        f"{row['case']}: {row['steps']} losses of a graphed run differ from an eager one's by "
+        f"{case}: {row['steps']} losses of a graphed run differ from an eager one's by "
         f"{row['graphed_largest_difference']:.2g} at most, two eager runs' by {row['eager_largest_difference']:.2g} "
         f"(kernels that repeat their bits; {row['first_loss']:.3f} at first, {row['last_loss']:.3f} at last)."
     )

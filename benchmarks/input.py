@@ -8,7 +8,8 @@ Cutout and operations as in RandAugment as well; `torchvision` is PyTorch's Data
 All contestants are open at once and take turns in blocks, so that a slow minute of the machine meets all of them; those
 that wait have filled their queues and rest. A block discards as many batches as any queue holds, then times the rest.
 
-`pictures` are JPEGs made here, cropped to 224 x 224 pixels; Cutout and the like are for images in memory alone.
+`pictures` are JPEGs made here, cropped to 224 x 224 pixels; Cutout and the like are for images in memory alone. With
+`--device cuda` batches end on the GPU, and DALI works there: it decodes JPEGs on it ("mixed"), crops and normalises.
 Lines go to benchmarks/results/input.jsonl.
 """
 
@@ -61,6 +62,7 @@ class Plan:
         blocks: measured blocks of each contestant.
         warmup: batches discarded at the start of a block; no less than a loader holds ready.
         threads: of PyTorch and DALI.
+        device: where the batches are put, "cpu" or "cuda".
     """
 
     datasets: tuple[str, ...]
@@ -72,6 +74,7 @@ class Plan:
     blocks: int = 7
     warmup: int = 8
     threads: int = 1
+    device: str = "cpu"
 
 
 def main() -> int:
@@ -107,6 +110,7 @@ def parse_arguments() -> tuple[Plan, Path]:
     parser.add_argument("--blocks", type=int, default=Plan.blocks, help="measured blocks of each contestant (7)")
     parser.add_argument("--warmup", type=int, default=Plan.warmup, help="batches discarded in each block (8)")
     parser.add_argument("--threads", type=int, default=Plan.threads, help="threads of PyTorch and DALI (1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=Plan.device, help="where batches are put (cpu)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/input.jsonl", help="file to append to")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
@@ -116,6 +120,8 @@ def parse_arguments() -> tuple[Plan, Path]:
             parser.error(f"--{name} is {getattr(plan, name)}; it must be {least} or more.")
     if plan.samples < plan.batch_size:
         parser.error(f"--samples is {plan.samples}, less than a batch of {plan.batch_size}. Take more.")
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but PyTorch finds no GPU here. Take cpu.")
     return plan, out
 
 
@@ -154,7 +160,7 @@ def _ours(dataset: Any, plan: Plan, *, loader: str, workers: int = 0, is_strong:
         num_replicas=1,
         micro_batch_size=plan.batch_size,
         micro_batches_per_step=1,
-        device="cpu",
+        device=plan.device,
         workers=workers,
     )
     try:
@@ -219,7 +225,8 @@ def _torchvision(dataset: Any, plan: Plan, *, workers: int = 0) -> Iterator[Batc
 
     def endless() -> Batches:
         while True:
-            yield from loader
+            for images, labels in loader:
+                yield images.to(plan.device), labels.to(plan.device)
 
     yield endless()
 
@@ -261,6 +268,8 @@ def time_block(batches: Batches, plan: Plan) -> float:
     started, samples = time.perf_counter(), 0
     for _ in range(plan.batches):
         samples += len(next(batches)[1])
+    if plan.device == "cuda":
+        torch.cuda.synchronize()
     return samples / (time.perf_counter() - started)
 
 
@@ -290,7 +299,7 @@ def rich_table(rows: Sequence[Row]) -> Table:
     """The lines of one data set for a terminal."""
     first = rows[0]
     table = Table(
-        title=f"{first['dataset']}, batches of {first['batch_size']}, {first['threads']} threads; "
+        title=f"{first['dataset']}, batches of {first['batch_size']} on {first['device']}, {first['threads']} threads; "
         f"{first['n']} blocks of {first['batches']} batches"
     )
     table.add_column("pipeline")

@@ -280,16 +280,18 @@ def choices_table() -> str:
 
 
 def input_table() -> str:
-    """One line for each data set and pipeline, the newest measurement of each."""
-    newest = {(row["dataset"], row["pipeline"]): row for row in data_of(INPUT, command="benchmarks/input.py")}
+    """One line for each device, data set and pipeline, the newest measurement of each."""
+    rows = data_of(INPUT, command="benchmarks/input.py")
+    newest = {(row.get("device", "cpu"), row["dataset"], row["pipeline"]): row for row in rows}
     lines = [
-        "| data set | pipeline | samples/s, median (range) | batch | threads | blocks |",
-        "|---|---|---|---|---|---|",
+        "| data set | pipeline | batches on | samples/s, median (range) | batch | threads | blocks |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for (dataset, pipeline), row in sorted(newest.items()):
+    for (device, dataset, pipeline), row in sorted(newest.items()):
         cells = [
             f"`{dataset}`",
             f"`{pipeline}`",
+            {"cpu": "CPU", "cuda": "GPU"}[device],
             speed_text(row["samples_per_s"]),
             str(row["batch_size"]),
             str(row["threads"]),

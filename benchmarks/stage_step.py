@@ -9,6 +9,7 @@ stage's weights are bf16 with float32 masters, the AuxNet's are float32 under au
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,31 +140,42 @@ class StageStep:
     def passes(self) -> None:
         """Everything but the optimizer steps; gradients add up."""
         k, variables = self.stage.index, self.aux_forward()
-        stage_input = (self.inputs if self.is_first else variables[k - 1].to(self.dtype)).detach()
-        stage_input.requires_grad_(not self.is_first)
+        stage_input = self._stage_input(None if self.is_first else variables[k - 1])
         outputs = self.run_network(stage_input)
-        if self.is_last:
-            loss = F.cross_entropy(outputs.float(), self.labels)
-        else:
-            loss = objective.coupling_loss(outputs, variables[k], beta=BETA, scale=self.scales[k])
-            self.variances[k] = objective.batch_variance(variables[k])
-        loss.backward()
-        self.loss = loss.detach()
+        self._local_loss(outputs, None if self.is_last else variables[k]).backward()
         taps: list[Tensor] = []
         forces: list[Tensor] = []
         if not self.is_first:
-            gradient = stage_input.grad
-            assert gradient is not None, "asked for above"
-            variable, scale = variables[k - 1], self.scales[k - 1]
-            self.variances[k - 1] = objective.batch_variance(variable)
-            self.refreshed = objective.refreshed_variable(variable, gradient, beta=BETA, scale=scale)
-            taps.append(variable)
-            forces.append(objective.task_force(gradient, gamma=GAMMA).to(variable.dtype))
+            taps.append(variables[k - 1])
+            forces.append(self._task_force(variables[k - 1], stage_input))
         if not self.is_last:
             taps.append(variables[k])
             forces.append(objective.match_force(variables[k], outputs, rho=RHO, scale=self.scales[k]))
         if taps:
             torch.autograd.backward(taps, forces)
+
+    def _stage_input(self, variable: Tensor | None) -> Tensor:
+        stage_input = self.inputs if variable is None else variable.to(self.dtype).detach()
+        return stage_input.requires_grad_(variable is not None)
+
+    def _local_loss(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """The loss of this stage, kept as `loss`; without a target that of the labels."""
+        k = self.stage.index
+        if target is None:
+            loss = F.cross_entropy(outputs.float(), self.labels)
+        else:
+            loss = objective.coupling_loss(outputs, target, beta=BETA, scale=self.scales[k])
+            self.variances[k] = objective.batch_variance(target)
+        self.loss = loss.detach()
+        return loss
+
+    def _task_force(self, variable: Tensor, stage_input: Tensor) -> Tensor:
+        """The force behind the stage's backward pass; the refreshed variable is made here too."""
+        gradient, scale = stage_input.grad, self.scales[self.stage.index - 1]
+        assert gradient is not None, "asked for before"
+        self.variances[self.stage.index - 1] = objective.batch_variance(variable)
+        self.refreshed = objective.refreshed_variable(variable, gradient, beta=BETA, scale=scale)
+        return objective.task_force(gradient, gamma=GAMMA).to(variable.dtype)
 
     def aux_passes(self) -> None:
         """What the AuxNet alone has of `passes`; gradients add up."""
@@ -257,6 +269,57 @@ class Graphed(Eager):
             self.step.clear()  # the capture then makes the gradients, and every replay writes them anew
             self.recordings[work] = self.capture.record(work)
         self.recordings[work].replay()
+
+
+class AsideStep(StageStep):
+    """The same with the segment behind the stage on a stream of its own: its passes run beside the stage's.
+
+        main  | T_1 .. T_k | F_k forward | loss | F_k backward              | T_k .. T_1 backward
+        side               | T_(k+1) forward    | T_(k+1) backward          |
+
+    The segments before the stage cannot move: its input waits for them, and their backward pass for its gradient.
+    """
+
+    def __init__(self, stage: Stage, device: torch.device) -> None:
+        super().__init__(stage, device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def passes(self) -> None:
+        """Everything but the optimizer steps; gradients add up."""
+        if self.is_last:
+            super().passes()
+            return
+        assert self.aux_net is not None, "there is a segment behind a stage that is not the last"
+        segments, k = self.aux_net.segments, self.stage.index
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        with autocast:
+            variable = functools.reduce(lambda x, segment: segment(x), segments[:k], self.inputs)
+        source = variable.detach().requires_grad_(not self.is_first)
+        with self._aside(), autocast:
+            target = segments[k](source)
+        stage_input = self._stage_input(None if self.is_first else variable)
+        outputs = self.run_network(stage_input)
+        self._join()
+        loss = self._local_loss(outputs, target)
+        with self._aside():
+            force = objective.match_force(target, outputs, rho=RHO, scale=self.scales[k])
+            torch.autograd.backward([target], [force])
+        loss.backward()
+        self._join()
+        if not self.is_first:
+            assert source.grad is not None, "asked for above"
+            torch.autograd.backward([variable], [self._task_force(variable, stage_input) + source.grad])
+
+    def _aside(self) -> contextlib.AbstractContextManager[Any]:
+        """Within the block kernels go to the side stream, behind what the present one has been given."""
+        if self._side is None:
+            return contextlib.nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self._side)
+
+    def _join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
 
 class CompiledGraphed(Graphed):

@@ -137,6 +137,7 @@ class AuxReplica:
         self.scheduler = None if self.optimizer is None else make_scheduler(self.optimizer)
         self.variance = torch.full((num_boundaries,), float("nan"), device=device, dtype=dtype)
         """Running variance of each boundary's auxiliary variable; NaN until the first step has ended."""
+        self._has_variance = [False] * num_boundaries
 
         self._num_boundaries = num_boundaries
         self._filled, self._summed = self.new_message(), self.new_message()
@@ -169,6 +170,14 @@ class AuxReplica:
     def take(self, message: Message) -> None:
         """Let a message that was filled elsewhere be the one of this tick, to which nothing was added yet."""
         self._filled.data.copy_(message.data)
+
+    def has_variance(self, boundary: int) -> bool:
+        """Whether a boundary has a running variance; once true it stays so."""
+        return self._has_variance[boundary]
+
+    def _look_for_variances(self) -> None:
+        if not all(self._has_variance):  # only then: the host waits for the device
+            self._has_variance = (~self.variance.isnan()).tolist()
 
     def add_boundary(
         self, boundary: int, *, variance: Tensor, mismatch: Tensor, adjoint: Tensor | float, weight: float
@@ -225,6 +234,7 @@ class AuxReplica:
             is_fresh = has_boundary & (flags[1:].sum() == 0) if keep_variance else has_boundary
             # In place: a captured tick reads it where it was at its capture.
             self.variance.copy_(torch.where(is_fresh, updated, self.variance))
+            self._look_for_variances()
         return TickReport(
             tick=self._tick,
             loss=message.loss[0].clone(),
@@ -295,6 +305,7 @@ class AuxReplica:
         for new, old in enumerate(boundaries):
             if old is not None:
                 self.variance[new] = state["variance"][old]
+        self._look_for_variances()
         if state["sum"].shape == self._summed.data.shape:
             self._summed.load(state["sum"].to(self._summed.data))
             self._tick = Tick(tuple(state["sum_steps"]))

@@ -18,9 +18,10 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsaux import engine_state
+from dsaux.aux_aside import SegmentAside
 from dsaux.aux_replica import AuxReplica
 from dsaux.checkpoint import CheckpointError, FoundCheckpoint
 from dsaux.compiled import CompiledCall
@@ -103,10 +104,18 @@ class AuxPipelineEngine(GreedyStepEngine):
             self.module.compile_training()
             if self.aux.net is not None:
                 self.aux.run = CompiledCall(self.aux.net, name="the AuxNet", buffers=self.aux.net.buffers())
+        if settings.run.aux_stream and self.aux.net is not None and self.stage_id < self.num_stages - 1:
+            self.aside = self._make_aside(self.aux.net.segments[self.stage_id])
         self.wavefront = Wavefront(self.num_stages, self.stage_id, lag=_LAGS[self.schedule_name])
         self._boundary_groups = boundary_groups(self.grid.pipe_groups) if self.schedule_name in WAVEFRONTS else {}
         self._open_boundaries()
         self.stage_graphs: StageGraphs | None = graphs_of(self)
+
+    def _make_aside(self, segment: nn.Module) -> SegmentAside:
+        if not self.settings.run.compile:
+            return SegmentAside(segment, self.device)
+        name = "the AuxNet's segment behind the stage"
+        return SegmentAside(CompiledCall(segment, name=name, buffers=segment.buffers()), self.device)
 
     # ---- schedules ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from dsaux import objective
+from dsaux.aux_aside import SegmentAside
 from dsaux.aux_replica import AuxReplica, TickReport
 from dsaux.config import DsauxConfig
 from dsaux.data.guard import BatchGuard, batch_digest
@@ -39,6 +40,7 @@ class LocalStepEngine(StepGuardEngine):
     Attributes:
         settings: the checked `dsaux` block of the configuration.
         aux: this rank's replica of the AuxNet.
+        aside: the segment that makes this stage's target, where it runs beside the stage; else None.
         wait_meter: time that this rank has lost in waits for others.
         sender: this stage's end of the boundary over which it sends; None where nothing is sent.
         receiver: its end of the boundary over which it receives; None where nothing is received.
@@ -53,6 +55,7 @@ class LocalStepEngine(StepGuardEngine):
     settings: DsauxConfig
     schedule_name: str
     aux: AuxReplica
+    aside: SegmentAside | None
     wait_meter: WaitMeter
     sender: VariableSender | None
     receiver: VariableReceiver | None
@@ -67,7 +70,8 @@ class LocalStepEngine(StepGuardEngine):
         self.wait_meter = WaitMeter(self.device)
         self.sender = self.receiver = None
         self.batch_fn = self._to_device
-        self.pipe_buffers.update({"variables": [], "stage_inputs": []})
+        self.pipe_buffers.update({"variables": [], "stage_inputs": [], "sources": []})
+        self.aside = None
         self.train_loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         self.train_hits = torch.zeros((), device=self.device, dtype=torch.float64)
         self.train_samples = self.train_batches = 0
@@ -126,9 +130,21 @@ class LocalStepEngine(StepGuardEngine):
         if self.aux.run is not None:
             depth = min(self.stage_id + 1, self.module.num_boundaries)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16_enabled()):
-                variables = self.aux.run(inputs, depth=depth)
+                if self.aside is None:
+                    variables = self.aux.run(inputs, depth=depth)
+                else:
+                    variables = self._variables_aside(inputs, buffer_id)
         self.pipe_buffers["variables"][buffer_id] = variables
         self._stop_timer(AUX_FORWARD_TIMER)
+
+    def _variables_aside(self, inputs: Tensor, buffer_id: int) -> list[Tensor]:
+        """The same; lambda_(k+1) is under way when this returns, and its graph begins anew at lambda_k."""
+        assert self.aux.run is not None
+        assert self.aside is not None
+        variables = [] if self.is_first_stage() else self.aux.run(inputs, depth=self.stage_id)
+        source = variables[-1].detach().requires_grad_() if variables else inputs
+        self.pipe_buffers["sources"][buffer_id] = source
+        return [*variables, self.aside.forward(source)]
 
     def _exec_local_forward(self, buffer_id: int) -> None:
         """X_(k+1) = F_k(lambda_k)."""
@@ -140,6 +156,8 @@ class LocalStepEngine(StepGuardEngine):
             stage_input.requires_grad_(not self.is_first_stage() or self._reentrant_activation_checkpointing())
         self.pipe_buffers["stage_inputs"][buffer_id] = stage_input
         self.pipe_buffers["outputs"][buffer_id] = DeepSpeedEngine.forward(self, stage_input)
+        if self.aside is not None:
+            self.aside.join()
 
     def _in_stage_precision(self, variable: Tensor, inputs: Tensor) -> Tensor:
         """An auxiliary variable in the precision of real inputs; of whole numbers there is only the configuration's."""
@@ -189,10 +207,19 @@ class LocalStepEngine(StepGuardEngine):
             weight=1.0 / self.micro_batches,
         )
         self.train_loss_sum += self.loss.detach() / self.micro_batches
+        if self.aside is not None:
+            self.aside.backward(variable, lambda: self._match_force(variable, outputs))
+
+    def _match_force(self, variable: Tensor, outputs: Tensor) -> Tensor:
+        """The force on lambda_(k+1) by what this stage makes, its share of the tick's."""
+        scale = self._scale(self.stage_id, variable)
+        return objective.match_force(variable, outputs, rho=self.settings.aux.rho, scale=scale) / self.micro_batches
 
     def _exec_local_backward(self, buffer_id: int) -> None:
         """Gradients of the stage's weights and g_k; DeepSpeed divides by the number of micro-batches."""
         DeepSpeedEngine.backward(self, self.loss)
+        if self.aside is not None:
+            self.aside.join()
 
     def _exec_refresh_variable(self, buffer_id: int) -> None:
         """lambda'_k of this micro-batch, into the message to the stage before."""
@@ -205,7 +232,10 @@ class LocalStepEngine(StepGuardEngine):
         self.sender.write(self._micro_batch, refreshed, scale=scale)
 
     def _exec_aux_backward(self, buffer_id: int) -> None:
-        """Forces of this rank's taps, pushed back through T_(k+1) .. T_1 in one backward pass."""
+        """Forces of this rank's taps, pushed back through T_(k+1) .. T_1 in one backward pass.
+
+        Where T_(k+1) runs aside, its pass is over: what came out of it at lambda_k goes on from there.
+        """
         self._start_timer(AUX_BACKWARD_TIMER)
         variables = self.pipe_buffers["variables"][buffer_id]
         taps: list[Tensor] = []
@@ -214,16 +244,14 @@ class LocalStepEngine(StepGuardEngine):
             gradient = self.pipe_buffers["stage_inputs"][buffer_id].grad
             taps.append(variables[self.stage_id - 1])
             forces.append(objective.task_force(gradient, gamma=self.settings.aux.gamma).to(taps[-1].dtype))
-        if not self.is_last_stage():
-            target, outputs = variables[self.stage_id], self.pipe_buffers["outputs"][buffer_id]
-            force = objective.match_force(
-                target, outputs, rho=self.settings.aux.rho, scale=self._scale(self.stage_id, target)
-            )
-            taps.append(target)
-            forces.append(force / self.micro_batches)
+            if self.aside is not None:
+                forces[-1] = forces[-1] + self.pipe_buffers["sources"][buffer_id].grad
+        if not self.is_last_stage() and self.aside is None:
+            taps.append(variables[self.stage_id])
+            forces.append(self._match_force(taps[-1], self.pipe_buffers["outputs"][buffer_id]))
         if taps:
             torch.autograd.backward(taps, forces)
-        for key in ("variables", "stage_inputs", "outputs", "inputs", "labels"):
+        for key in ("variables", "stage_inputs", "sources", "outputs", "inputs", "labels"):
             self.pipe_buffers[key][buffer_id] = None
         self._stop_timer(AUX_BACKWARD_TIMER)
 
@@ -322,6 +350,8 @@ class LocalStepEngine(StepGuardEngine):
         if not self.settings.aux.scaled:
             return 1.0
         running = self.aux.variance[boundary]
+        if self.aux.has_variance(boundary):
+            return running
         return torch.where(running.isnan(), objective.batch_variance(variable).to(running.dtype), running)
 
     def _start_timer(self, name: str) -> None:

@@ -32,6 +32,7 @@ def coupling_loss(output: Tensor, target: Tensor, *, beta: float, scale: Tensor 
     Returns:
         A scalar; summed in float32 when the stage computes in lower precision.
     """
+    # Not `mse_loss`: its backward pass reads the target again, whose memory may hold the next message by then.
     difference = _at_least_float32(output) - _at_least_float32(target.detach())
     return 0.5 * beta / scale * difference.square().mean()
 

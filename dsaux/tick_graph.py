@@ -240,7 +240,7 @@ def _standing_in(engine: LocalStepEngine, inbox: Any, outbox: Any) -> Iterator[N
             engine.optimizer.fp32_groups_has_gradients = flags
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        for key in ("variables", "stage_inputs", "outputs", "inputs", "labels"):
+        for key in ("variables", "stage_inputs", "sources", "outputs", "inputs", "labels"):
             engine.pipe_buffers[key][:] = [None] * len(engine.pipe_buffers[key])
 
 

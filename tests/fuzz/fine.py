@@ -118,6 +118,7 @@ FINE: tuple[Sets, ...] = (
     {"dsaux.run.profile_steps": 1},
     {"dsaux.run.channels_last": True},
     {"dsaux.run.compile": True, "dsaux.run.channels_last": True},
+    {"dsaux.run.aux_stream": True},
     {"dsaux.run.nan": "skip", "dsaux.aux.overlap": False},
     {"dsaux.run.cuda_graphs": True},
     {"compile": {}, "tensor_parallel": {}, "autotuning": {"enabled": False}},

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 STEPS, DRAINED_AFTER = 12, 7
 GRAPHS = {"cuda_graphs": True}
 TRANSPORT = {"dsaux": {"aux": {"transport": "bf16"}}}
+ASIDE = {"dsaux": {"run": {"aux_stream": True}}}
 SINGLE = torch.float32
 
 CASES = {
@@ -36,6 +37,8 @@ CASES = {
     "penalty, 3 stages": Case((0, 2, 4, 6), "penalty"),
     "local, 3 stages": Case((0, 2, 4, 6), "local"),
     "al, 4 stages": Case((0, 1, 2, 4, 6), "al", accumulation=2),
+    "al, 3 stages, AuxNet's stream": Case((0, 2, 4, 6), "al", accumulation=2, changes=ASIDE),
+    "penalty, bf16, AuxNet's stream": Case((0, 3, 6), "penalty", dtype=SINGLE, changes={**BF16, **ASIDE}),
     "penalty, 2 replicas": Case((0, 3, 6), "penalty", replicas=2),
     "al, 2 replicas": Case((0, 3, 6), "al", replicas=2),
     "penalty, 2 replicas, ZeRO-1": Case((0, 3, 6), "penalty", replicas=2, dtype=SINGLE, changes=ZERO_1),
@@ -47,7 +50,9 @@ def run(case: Case, *, graphed: bool) -> dict[str, Any]:
     """Train a case; figures of each step, weights, and what was captured."""
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     block = case.changes.get("dsaux", {})
-    changes = {**case.changes, "dsaux": {**block, "run": GRAPHS}} if graphed else case.changes
+    changes = (
+        {**case.changes, "dsaux": {**block, "run": {**block.get("run", {}), **GRAPHS}}} if graphed else case.changes
+    )
     engine = build(replace(case, steps=STEPS, changes=changes))
     told: list[str] = []
     if engine.stage_graphs is not None:

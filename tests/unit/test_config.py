@@ -376,6 +376,16 @@ def test_channels_last_is_said_to_have_no_effect_on_text_and_none_on_the_weights
     assert _config(**key, bf16={"enabled": False}, zero_optimization={"stage": 0}).settings_without_effect() == []
 
 
+def test_a_stream_for_the_auxnet_is_said_to_have_no_effect_where_there_is_none() -> None:
+    key = {"dsaux.run.aux_stream": True}
+    for schedule in ("penalty", "al", "1f1b"):
+        assert _config(**key, **{"dsaux.pipeline.schedule": schedule}).settings_without_effect() == []
+    (local,) = _config(**key, **{"dsaux.pipeline.schedule": "local"}).settings_without_effect()
+    assert "dsaux.run.aux_stream is true, which has no effect with schedule local and 2 stages" in local
+    (alone,) = _config(**key, **{"dsaux.pipeline.stages": 1}).settings_without_effect()
+    assert "and 1 stage: there is no AuxNet" in alone
+
+
 def test_compile_is_said_to_leave_stages_with_activation_checkpoints_as_they_are() -> None:
     key = {"dsaux.run.compile": True}
     assert _config(**key).settings_without_effect() == []

@@ -52,6 +52,20 @@ def test_a_graphed_step_has_the_losses_of_an_eager_one(index: int, precision: st
     assert len(set(eager)) == 10
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_segment_aside_gives_the_gradients_of_the_plain_order(index: int) -> None:
+    """But for the order in which the two gradients of a boundary are added up."""
+    stage = device_plan.Measurement(replace(device_plan.TINY, stages=3), index, "fp32", "graphed aside").stage()
+    found = []
+    for kind in (stage_step.StageStep, stage_step.AsideStep):
+        step = kind(stage, CPU)
+        step.load(0)
+        step.passes()
+        found.append((step.loss, [weight.grad for weight in (*step.weights, *step.aux_weights)]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert all(bool(gradient.any()) for gradient in found[0][1])
+
+
 def test_the_only_stage_is_the_plain_loop() -> None:
     whole = device_plan.Network("resnet8", 1, 8, 16)
     stage = device_plan.Measurement(whole, 0, "fp32", "eager").stage()
@@ -82,7 +96,14 @@ def test_the_plan_begins_with_resnet110_and_names_no_line_twice() -> None:
     measurements = device_plan.plan(quick=False)
     assert measurements[0].network == device_plan.RESNET110
     assert len(set(measurements)) == len(measurements)
-    assert {one.mode for one in measurements} == {"eager", "graphed", "compiled", "compiled graphed", "bare"}
+    assert {one.mode for one in measurements} == {
+        "eager",
+        "graphed",
+        "graphed aside",
+        "compiled",
+        "compiled graphed",
+        "bare",
+    }
 
 
 def test_a_quick_run_on_a_cpu_needs_neither_deepspeed_nor_torchvision_and_says_what_it_skips(tmp_path: Path) -> None:
@@ -93,7 +114,7 @@ def test_a_quick_run_on_a_cpu_needs_neither_deepspeed_nor_torchvision_and_says_w
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 2 + 2 + 2 * 2 * 4
+    assert len(rows) == 2 * 2 + 2 + 2 * 2 * 4
     assert {row["skipped"] for row in rows if row["kind"] == "engine"} == {"deepspeed is missing"}
     assert all(row["failed"] is None and row["environment"]["versions"]["torch"] for row in rows)
     skipped = {row["mode"]: row["skipped"] for row in rows if row["kind"] == "step"}
@@ -180,7 +201,7 @@ def test_the_table_sets_graphed_beside_eager_steps(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     table = device_tables.device_table(path)
     assert (
-        "| resnet8, 8 | 0 of 2 | fp32 | 8.00 | - | 2.00 | - | 4.00 | - | 25 % | 2.0 (50 %) | 1.00 GiB / 1.00 GiB |"
+        "| resnet8, 8 | 0 of 2 | fp32 | 8.00 | - | 2.00 | - | - | 4.00 | - | 25 % | 2.0 (50 %) | 1.00 GiB / 1.00 GiB |"
         in table
     )
     assert "200 losses of a graphed run differ from an eager one's by 1e-06 at most" in table

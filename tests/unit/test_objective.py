@@ -164,3 +164,13 @@ def test_refreshed_variable_of_a_bf16_network_is_float32() -> None:
     """lambda' differs from lambda by little: rounding to bf16 would lose much of the difference."""
     variable, gradient = (tensor.bfloat16() for tensor in tensors(2))
     assert objective.refreshed_variable(variable, gradient, beta=10.0, scale=torch.tensor(0.7)).dtype == torch.float32
+
+
+def test_the_backward_pass_of_the_coupling_does_not_read_the_target_again() -> None:
+    """The next receive is posted between loss and backward pass, into the memory of the target."""
+    output, target = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    expected = 2.0 * (output - target).detach() / 6
+    loss = objective.coupling_loss(output, target, beta=2.0, scale=1.0)
+    target.fill_(float("nan"))
+    loss.backward()
+    torch.testing.assert_close(output.grad, expected)
