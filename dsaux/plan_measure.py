@@ -8,6 +8,8 @@ divides, the chain how much it is. Sizes of micro-batches and segments are measu
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -143,7 +145,7 @@ class _Meter:
     def split_at(self, size: int) -> BackwardSplit:
         """What taking the backward pass of the whole network apart costs."""
         timed, _ = self._timed(size)
-        with self._neighbours.busy():
+        with self._busy_neighbours(timed):
             return measure_split(self._chain(), self.spec, micro_batch_size=timed, device=self.device)
 
     def costs(self) -> list[Cost]:
@@ -198,7 +200,7 @@ class _Meter:
         """Times of all layers at a size that is timed, and what they were multiplied by to come to the chain's."""
         if timed not in self._known:
             alone = layer_times(self.network, self.before, micro_batch_size=timed, device=self.device, seed=self.seed)
-            with self._neighbours.busy():
+            with self._busy_neighbours(timed):
                 chain = measure(self._chain(), self.spec, micro_batch_size=timed, device=self.device)
             ratio = LayerTimes(
                 chain.forward_s / sum(its.forward_s for its in alone),
@@ -209,6 +211,11 @@ class _Meter:
             )
             self._known[timed] = scaled, ratio
         return self._known[timed]
+
+    def _busy_neighbours(self, size: int) -> contextlib.AbstractContextManager[None]:
+        """The ranks beside this one at work, with activations of the size that the network's have on average."""
+        numbers = sum(math.prod(spec.shape) for spec in self.after) / len(self.after)
+        return self._neighbours.busy(numbers=round(size * numbers))
 
     def _chain(self) -> nn.Sequential:
         """The whole network."""

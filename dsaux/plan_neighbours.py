@@ -1,8 +1,9 @@
 """Keeps the other cores of this machine busy while the planner times something: python -m dsaux.plan_neighbours
 
-The ranks of a run on a CPU share caches, memory and clock: a pass takes longer while the neighbours compute than alone.
-`Neighbours` starts processes that pass a residual block forward and backward whenever they are told to. They end with
-their parent, however it ends: their standard input closes.
+The ranks of a run on a CPU share caches, memory and clock: a pass takes longer while the neighbours compute than alone,
+and all the more the larger the tensors are that they compute with. `Neighbours` starts processes that pass a residual
+block forward and backward whenever they are told to, on activations as large as those of the network that is timed.
+They end with their parent, however it ends: their standard input closes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import weakref
 from collections.abc import Iterator
 
 GO, HALT, READY = "go", "halt", "ready"
-_CHANNELS, _SIDE, _SAMPLES = 32, 16, 32
+_CHANNELS, _SIDE = 32, 16
+_SAMPLE_NUMBERS = _CHANNELS * _SIDE * _SIDE
 
 
 class Neighbours:
@@ -32,11 +34,15 @@ class Neighbours:
         self._processes: list[subprocess.Popen[str]] = []
 
     @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """Let them compute within the block; the first time it starts them, which takes seconds."""
+    def busy(self, *, numbers: int) -> Iterator[None]:
+        """Let them compute within the block; the first time it starts them, which takes seconds.
+
+        Args:
+            numbers: in an activation that they compute with, rounded to whole samples of their own block.
+        """
         if not self._processes:
             self._start()
-        self._tell(GO)
+        self._tell(f"{GO} {max(1, round(numbers / _SAMPLE_NUMBERS))}")
         for process in self._processes:
             assert process.stdout is not None
             process.stdout.readline()  # it has begun
@@ -73,9 +79,11 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def main() -> None:
-    """Compute from "go" to "halt" on standard input, until it closes."""
+    """Compute from "go SAMPLES" to "halt" on standard input, until it closes."""
     import torch
     from torch import nn
+
+    from dsaux.runtime import keep_freed_memory
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     block = nn.Sequential(
@@ -85,14 +93,14 @@ def main() -> None:
         nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, bias=False),
         nn.BatchNorm2d(_CHANNELS),
     )
-    batch = torch.randn(_SAMPLES, _CHANNELS, _SIDE, _SIDE)
+    keep_freed_memory()
 
     def compute() -> None:
         torch.relu(batch + block(batch)).square().mean().backward()  # type: ignore[no-untyped-call]
 
-    compute()  # makes what is made once
-    while sys.stdin.readline().strip() == GO:
-        compute()
+    while (words := sys.stdin.readline().split()) and words[0] == GO:
+        batch = torch.randn(int(words[1]), _CHANNELS, _SIDE, _SIDE)
+        compute()  # makes what is made once
         print(READY, flush=True)
         while not select.select([sys.stdin], [], [], 0)[0]:
             compute()

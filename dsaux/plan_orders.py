@@ -7,12 +7,12 @@ The orders are asked of the engines: DeepSpeed's `TrainSchedule` and `DualPipeVS
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from dsaux.plan_replay import Compute, Exchange, Message, Operation
+from dsaux.plan_replay import Compute, Exchange, Message, Operation, Post
 from dsaux.plan_workload import BackwardSplit
 
 FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD = "F", "B", "I", "W"
@@ -90,6 +90,8 @@ def order_of(name: str, *, chunks: Sequence[ChunkCost], stages: int, micro_batch
     if name in _DEEPSPEED:
         return _deepspeed_order(name, chunks=chunks, stages=stages, micro_batches=micro_batches)
     passes = tuple(tuple(_TORCH[name](rank, stages, micro_batches)) for rank in range(stages))
+    if name == "torch-1f1b":
+        return Order(passes, tuple(tuple(_fused(own, chunks=chunks)) for own in passes))
     operations = tuple(tuple(_awaiting(name, step, chunks=chunks, stages=stages) for step in own) for own in passes)
     return Order(passes, operations)
 
@@ -157,22 +159,69 @@ def _dual_pipe_v(**shape: int) -> Any:
 # ---- torch.distributed.pipelining -----------------------------------------------------------------------------------
 
 
+def _fused(passes: Sequence[Pass], *, chunks: Sequence[ChunkCost]) -> Iterator[Operation]:
+    """Schedule1F1B's operations of a rank: what it sends behind a pass is waited for with the next pass's receive.
+
+    Only while the pipeline fills and empties does a rank send and go on::
+
+        fill     receive | F | post the send
+        steady   exchange (send of the pass before, receive) | B or F
+        empty    receive | B | post the send
+    """
+    rank = passes[0].chunk
+    before: Pass | None = None
+    for own in passes:
+        together = [_received(own, chunks=chunks)]
+        if before is not None:
+            sent = _sent(before, chunks=chunks)
+            if before.kind != own.kind:
+                together.append(sent)
+            elif sent is not None:
+                yield Post((sent,))
+        if messages := tuple(message for message in together if message is not None):
+            yield Exchange(messages)
+        yield Compute(chunks[rank].seconds(own.kind))
+        before = own
+    final = _sent(passes[-1], chunks=chunks)
+    if final is not None:
+        yield Exchange((final,))
+
+
+def _sent(own: Pass, *, chunks: Sequence[ChunkCost]) -> Message | None:
+    """What a pass hands to the next stage or the one before; None at the ends of the pipeline."""
+    target = own.chunk - 1 if own.kind == BACKWARD else own.chunk + 1
+    if not 0 <= target < len(chunks):
+        return None
+    name = (own.kind, own.chunk, own.micro_batch)
+    return Message(name, own.chunk, target, chunks[min(own.chunk, target)].transfer_s)
+
+
+def _received(own: Pass, *, chunks: Sequence[ChunkCost]) -> Message | None:
+    """What a pass needs from the stage before or the next one; None at the ends of the pipeline."""
+    source = own.chunk + 1 if own.kind == BACKWARD else own.chunk - 1
+    if not 0 <= source < len(chunks):
+        return None
+    return _sent(Pass(own.kind, source, own.micro_batch), chunks=chunks)
+
+
 def _awaiting(name: str, step: Pass, *, chunks: Sequence[ChunkCost], stages: int) -> Compute:
-    """A pass that waits for its input; sends do not block there."""
-    cost = chunks[step.chunk]
-    rank = rank_of_chunk(name, step.chunk, stages=stages)
-    needs = []
+    """A pass of torch's runtime for several chunks: it waits for its input, and sends do not block there."""
+    rank, last = rank_of_chunk(name, step.chunk, stages=stages), len(chunks) - 1
+    goes_back = step.kind in (BACKWARD, INPUT_GRAD)
+    needs: tuple[Hashable, ...] = ()
     if step.kind == FORWARD and step.chunk > 0:
-        before = step.chunk - 1
-        is_far = rank_of_chunk(name, before, stages=stages) != rank
-        needs.append(((FORWARD, before, step.micro_batch), chunks[before].transfer_s if is_far else 0.0))
-    if step.kind in (BACKWARD, INPUT_GRAD) and step.chunk < len(chunks) - 1:
-        behind = step.chunk + 1
-        is_far = rank_of_chunk(name, behind, stages=stages) != rank
-        needs.append(((BACKWARD, behind, step.micro_batch), cost.transfer_s if is_far else 0.0))
-    names = {FORWARD: FORWARD, BACKWARD: BACKWARD, INPUT_GRAD: BACKWARD}
-    makes = (names[step.kind], step.chunk, step.micro_batch) if step.kind in names else None
-    return Compute(cost.seconds(step.kind), makes=makes, needs=tuple(needs))
+        needs = ((FORWARD, step.chunk - 1, step.micro_batch),)
+    if goes_back and step.chunk < last:
+        needs = ((BACKWARD, step.chunk + 1, step.micro_batch),)
+    makes: Hashable = None
+    sends_to: tuple[int, float] | None = None
+    if step.kind != WEIGHT_GRAD:
+        makes = (BACKWARD if goes_back else FORWARD, step.chunk, step.micro_batch)
+        target = step.chunk - 1 if goes_back else step.chunk + 1
+        receiver = rank_of_chunk(name, target, stages=stages) if 0 <= target <= last else rank
+        if receiver != rank:
+            sends_to = receiver, chunks[min(step.chunk, target)].transfer_s
+    return Compute(chunks[step.chunk].seconds(step.kind), makes=makes, sends_to=sends_to, needs=needs)
 
 
 def _torch_1f1b(rank: int, stages: int, micro_batches: int) -> Iterator[Pass]:

@@ -21,7 +21,7 @@ from dsaux.plan_links import all_reduce_bytes
 from dsaux.plan_measure import measure_workload
 from dsaux.plan_neighbours import Neighbours
 from dsaux.plan_orders import ORDERS, ChunkCost, order_of
-from dsaux.plan_replay import Compute, Exchange, Message, replay_times
+from dsaux.plan_replay import Compute, Exchange, Message, Post, replay_times
 from dsaux.plan_split import measure_split
 from dsaux.plan_workload import IMPOSSIBLE
 from dsaux.planner import (
@@ -204,6 +204,33 @@ def test_an_exchange_ends_when_both_ends_have_come_and_messages_of_one_way_queue
         [Compute(3.0), Exchange((first,)), Exchange((second,)), Compute(1.0)],
     ]
     assert replay_times(streams).end_s == (8.0, 8.0)
+
+
+def test_a_posted_message_leaves_its_sender_alone_and_travels_when_it_is_awaited() -> None:
+    """sender 1 | 1 | 1, receiver 2 . . | 1: both ends are there at 2, the message has come at 5."""
+    message = Message("m", 0, 1, seconds=3.0)
+    streams = [[Compute(1.0), Post((message,)), Compute(1.0)], [Compute(2.0), Exchange((message,)), Compute(1.0)]]
+    assert replay_times(streams).end_s == (2.0, 6.0)
+
+
+def test_what_is_sent_without_blocking_queues_on_its_way() -> None:
+    """Two things made at 1 and 2 travel for 5 seconds each, one behind the other: they are there at 6 and 11."""
+    sender = [Compute(1.0, makes=name, sends_to=(1, 5.0)) for name in ("a", "b")]
+    receiver = [Compute(1.0, needs=("a",)), Compute(1.0, needs=("b",))]
+    assert replay_times([sender, receiver]).end_s == (2.0, 12.0)
+
+
+def test_torchs_1f1b_waits_for_its_sends_with_its_receives() -> None:
+    """Two stages, two micro-batches, forward 1 s, backward 2 s, a message 4 s each way.
+
+    stage 0   F0 F1 |--- F1 goes, B0 comes ---| B0 |--- B1 comes ---| B1
+    stage 1   |- F0 comes -| F0 B0 |- B0 goes, F1 comes -| F1 B1 |- B1 goes -|
+    """
+    link = Link(bytes_per_s=100.0)
+    step = step_of(equal_layers(2), "torch-1f1b", stages=2, micro_batches=2, link=link)
+    # F0 leaves at 1 and is there at 5; F0 and B0 on stage 1 until 8; B0 and F1 cross until 12; then F1, B1 until 15,
+    # B1 is there at 19, and its last backward pass ends at 21.
+    assert step.step_s == pytest.approx(21.0, **DIGITS)
 
 
 def test_ranks_that_wait_for_each_other_are_found() -> None:
@@ -566,10 +593,10 @@ def test_pytorchs_split_backward_pass_is_timed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_neighbours_compute_when_they_are_told_to_and_end_with_their_owner() -> None:
     neighbours = Neighbours(1, threads=1)
-    with neighbours.busy():
+    with neighbours.busy(numbers=10**5):
         (process,) = neighbours._processes
         assert process.poll() is None
-    with neighbours.busy():  # the same again
+    with neighbours.busy(numbers=10):  # the same again
         assert [process] == neighbours._processes
     del neighbours
     assert process.wait(timeout=60) != 0  # killed
@@ -577,6 +604,6 @@ def test_neighbours_compute_when_they_are_told_to_and_end_with_their_owner() -> 
 
 def test_a_neighbour_ends_when_its_parent_is_gone() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dsaux.plan_neighbours"], input="go\n", capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "dsaux.plan_neighbours"], input="go 2\n", capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, "ready\n")
