@@ -7,6 +7,7 @@ data parallelism, which averages the same gradients.
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def line_of(candidate: Candidate, rows: Sequence[Row], *, failed: str | None) ->
         "stages": candidate.stages,
         "ranks": candidate.ranks,
         "micro_batches": candidate.micro_batches,
-        "threads": 1,
+        "threads": threads_of_a_rank(candidate.ranks),
         "link_mbit": None,
         "failed": failed,
     }
@@ -133,6 +134,12 @@ def line_of(candidate: Candidate, rows: Sequence[Row], *, failed: str | None) ->
         ],
         "environment": rows[-1]["environment"],
     }
+
+
+def threads_of_a_rank(ranks: int) -> int:
+    """PyTorch's threads in each process of a launch, as `dsaux.runtime.share_cores` deals them out."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return int(given) if given else max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def seconds_to(target: float, row: Row) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
@@ -131,23 +132,33 @@ def network_figure() -> Figure:
 
 
 def race_figure() -> Figure:
-    """Test accuracy over seconds of training, a thin line for each seed."""
+    """Test accuracy over seconds of training: the mean of all seeds, and a faint line for each."""
     rows = newest_rows("accuracy")
     with mpl.rc_context(STYLE):
         figure = new_figure(height_in=4.2, title="Test accuracy over wall time")
         axes = figure.subplots()
         figure.subplots_adjust(left=0.07, right=0.98, top=0.86, bottom=0.17)
         for row in rows:
-            for index, curve in enumerate(row["curves"]):
-                label = row["contestant"] if index == 0 else None
-                axes.plot(
-                    *zip(*curve, strict=True), color=COLOURS[row["contestant"]], linewidth=1.2, alpha=0.8, label=label
-                )
+            colour = COLOURS[row["contestant"]]
+            for curve in row["curves"]:
+                axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.25)
+            means = [
+                tuple(statistics.mean(values) for values in zip(*points, strict=True))
+                for points in zip(*row["curves"], strict=True)
+            ]
+            axes.plot(
+                *zip(*means, strict=True),
+                color=colour,
+                linewidth=1.8,
+                marker="o",
+                markersize=3.5,
+                label=row["contestant"],
+            )
         axes.axhline(rows[0]["target"], color=QUIET, linestyle=":", linewidth=1)
         axes.set_xlabel("seconds of training, evaluations left out")
         axes.set_ylabel("test accuracy")
         axes.legend(loc="lower right", ncols=2)
-        _note(figure, f"One line for each seed; dotted: the target of {rows[0]['target']:g}.")
+        _note(figure, f"Mean over the seeds, faint the seeds; dotted: the target of {rows[0]['target']:g}.")
     return figure
 
 
@@ -212,7 +223,7 @@ def _bars(axes: Axes, rows: Sequence[Row], *, title: str, value: Callable[[Row],
             color=INK if is_short else "white",
         )
     axes.set_yticks(at, [f"{title_of(row)} ({row['micro_batches']})" for row in rows], fontsize=7.5)
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", fontsize=8.5)
 
 
 def _note(figure: Figure, text: str) -> None:

@@ -196,7 +196,7 @@ def race_table() -> str:
     for row in rows:
         accuracy = row["test_accuracy"]
         cells = [
-            f"`{row['contestant']}`",
+            _name(row),
             str(row["ranks"]),
             str(row["micro_batches"]),
             _speed(row),

@@ -176,8 +176,7 @@ class AuxReplica:
         return self._has_variance[boundary]
 
     def _look_for_variances(self) -> None:
-        if not all(self._has_variance):  # only then: the host waits for the device
-            self._has_variance = (~self.variance.isnan()).tolist()
+        self._has_variance = (~self.variance.isnan()).tolist()
 
     def add_boundary(
         self, boundary: int, *, variance: Tensor, mismatch: Tensor, adjoint: Tensor | float, weight: float
@@ -234,7 +233,8 @@ class AuxReplica:
             is_fresh = has_boundary & (flags[1:].sum() == 0) if keep_variance else has_boundary
             # In place: a captured tick reads it where it was at its capture.
             self.variance.copy_(torch.where(is_fresh, updated, self.variance))
-            self._look_for_variances()
+            if not all(self._has_variance):  # only then: the host waits for the device
+                self._look_for_variances()
         return TickReport(
             tick=self._tick,
             loss=message.loss[0].clone(),

@@ -213,7 +213,8 @@ class LocalStepEngine(StepGuardEngine):
     def _match_force(self, variable: Tensor, outputs: Tensor) -> Tensor:
         """The force on lambda_(k+1) by what this stage makes, its share of the tick's."""
         scale = self._scale(self.stage_id, variable)
-        return objective.match_force(variable, outputs, rho=self.settings.aux.rho, scale=scale) / self.micro_batches
+        force: Tensor = objective.match_force(variable, outputs, rho=self.settings.aux.rho, scale=scale)
+        return force.div_(self.micro_batches)
 
     def _exec_local_backward(self, buffer_id: int) -> None:
         """Gradients of the stage's weights and g_k; DeepSpeed divides by the number of micro-batches."""

@@ -157,7 +157,7 @@ def _check_device(kind: str, count: int, local_rank: int) -> None:
         raise ConfigError(
             f"this is process {local_rank + 1} of {socket.gethostname()}, but it sees {count} GPU{'s' * (count != 1)}. "
             "Start as many processes as GPUs on each host, and let all of them see all GPUs (Slurm: --gpus-per-node, "
-            "not --gpus-per-task)."
+            "not --gpus-per-task). Several stages on one GPU, to try: launchers/one_gpu.sh."
         )
 
 
