@@ -155,12 +155,18 @@ def test_a_spent_budget_leaves_the_rest_out(tmp_path: Path, monkeypatch: pytest.
 def test_what_a_file_has_is_left_out_where_lines_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, first = tmp_path / "device.jsonl", device_plan.plan(quick=True)[0]
     row = device.measured_row(first, device=CPU, peak=1.0, quick=True)
-    out.write_text(json.dumps(row) + "\n" + json.dumps({**row, "mode": "graphed", "failed": "no"}) + "\n")
+    engine = {"kind": "engine", "skipped": "deepspeed is missing", "failed": None}
+    engine["case"] = device.engine_case(device_plan.TINY, "fp32")
+    there = [row, {**row, "mode": "graphed", "failed": "no"}, engine]
+    out.write_text("".join(json.dumps(line) + "\n" for line in there))
     asked: list[str] = []
+    engines: list[str] = []
     monkeypatch.setattr(device, "measured_row", lambda one, **_: asked.append(one.mode) or {**row, "mode": one.mode})
+    monkeypatch.setattr(device, "engine_row", lambda _, precision, **__: engines.append(precision) or engine)
     monkeypatch.setattr(sys, "argv", ["device.py", "--quick", "--device", "cpu", "--add", "--out", str(out)])
     assert device.main() == 0
     assert (len(asked), asked[0]) == (len(device_plan.plan(quick=True)) - 1, "graphed")
+    assert engines == ["bf16"]
 
 
 def test_a_failure_is_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

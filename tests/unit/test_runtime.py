@@ -127,16 +127,16 @@ if "keep" in sys.argv:
 torch.set_num_threads(1)
 def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+faults = []
+for _ in range(9):
+    before = page_faults()
     torch.ones(2**24)  # 64 MiB: more than glibc ever keeps by itself
-before = page_faults()
-for _ in range(5):
-    torch.ones(2**24)
-print(page_faults() - before)
+    faults.append(page_faults() - before)
+print(sorted(faults)[4])  # not the mean: something small may come to lie in the way of one of them
 """
     faults = {}
     for name in ("keep", "leave"):
         command = [sys.executable, "-c", script, name]
         faults[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert faults["leave"] > 5 * 2**10, "else there is nothing to keep"
+    assert faults["leave"] > 2**10, "else there is nothing to keep"
     assert faults["keep"] < faults["leave"] / 10, faults
