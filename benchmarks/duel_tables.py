@@ -40,13 +40,13 @@ def sleep_table() -> str:
         "idle, predicted",
     )
     lines = _head(heads)
-    for case, members in rows_by_case(rows):
+    for case, members in sorted(rows_by_case(rows), key=lambda named: _ranks_and_peers(named[0])):
         base = best_of(member for member in members if member["contestant"] == EXACT_PIPELINE)
+        ranks, peers = _ranks_and_peers(case)
         for row in members:
-            ranks, peers = (part.partition("=")[2] for part in case.split(", "))
             cells = [
-                ranks,
-                peers,
+                str(ranks),
+                str(peers),
                 f"`{row['contestant']}`",
                 str(row["micro_batches"]),
                 _speed(row),
@@ -214,6 +214,12 @@ def race_table() -> str:
 
 def _head(heads: Sequence[str]) -> list[str]:
     return [table_line(heads), table_line("---" for _ in heads).replace(" ", "")]
+
+
+def _ranks_and_peers(case: str) -> tuple[int, int]:
+    """Numbers of ranks and of the peers' micro-batches in "p=4, M=16"."""
+    ranks, peers = (int(part.partition("=")[2]) for part in case.split(", "))
+    return ranks, peers
 
 
 def rows_by_case(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -21,7 +21,7 @@ from dsaux.data.files import MEAN, STD, FileDataset
 from dsaux.data.index import write_index
 from dsaux.data.layout import spread
 from dsaux.data.pictures import DamagedImageError
-from dsaux.data.shards import find_shards
+from dsaux.data.shards import find_shards, index_path
 from dsaux.data.views import shorter_side
 from tests.bad_input import good_config
 from tests.image_files import NUM_CLASSES, SIZE, TEST, TRAIN, folder_data, write_shards, write_tree
@@ -86,6 +86,31 @@ def test_labels_and_order_are_those_of_torchvision(tree: Path, split: str, folde
         NUM_CLASSES * TRAIN,
         NUM_CLASSES * TEST,
     )
+
+
+@pytest.mark.parametrize("kind", ["tree", "shards"])
+def test_files_and_labels_are_those_of_dalis_own_readers(kind: str, tree: Path, shards: Path) -> None:
+    """To the byte: the loader hands files to DALI itself (docs/design.md) and reads what `readers.file` would."""
+    fn = pytest.importorskip("nvidia.dali.fn")
+    from nvidia.dali import Pipeline
+
+    images = load(tree if kind == "tree" else shards, name="imagenet").train
+    pipeline = Pipeline(batch_size=len(images), num_threads=1, device_id=None)
+    with pipeline:
+        if kind == "tree":
+            outputs = fn.readers.file(file_root=str(tree / "train"))
+        else:
+            paths = [str(path) for path in find_shards(shards / "train")]
+            outputs = fn.readers.webdataset(
+                paths=paths, index_paths=[str(index_path(Path(path))) for path in paths], ext=["jpg;jpeg;png", "cls"]
+            )
+        pipeline.set_outputs(*outputs)
+    pipeline.build()
+    files, labels = pipeline.run()
+    for number in range(len(images)):
+        assert images.read(number) == np.array(files[number]).tobytes(), images.where(number)
+        label = np.array(labels[number])
+        assert images.labels[number] == (int(label[0]) if kind == "tree" else int(label.tobytes()))
 
 
 # The torch loader resizes with PIL, as torchvision does here. DALI rounds differently, by less than
