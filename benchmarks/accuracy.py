@@ -16,6 +16,8 @@ from typing import Any
 
 from seeds import run
 
+from dsaux.runtime import cores_of_a_process
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "ds_configs/quickstart.json"
 GLOBAL_BATCH = 128
@@ -139,7 +141,7 @@ def line_of(candidate: Candidate, rows: Sequence[Row], *, failed: str | None) ->
 def threads_of_a_rank(ranks: int) -> int:
     """PyTorch's threads in each process of a launch, as `dsaux.runtime.share_cores` deals them out."""
     given = os.environ.get("OMP_NUM_THREADS")
-    return int(given) if given else max(1, len(os.sched_getaffinity(0)) // ranks)
+    return int(given) if given else cores_of_a_process(ranks)
 
 
 def seconds_to(target: float, row: Row) -> float | None:

@@ -102,9 +102,14 @@ def share_cores(place: Place) -> int:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // place.local_world_size))
+        torch.set_num_threads(cores_of_a_process(place.local_world_size))
     return torch.get_num_threads()
+
+
+def cores_of_a_process(processes: int) -> int:
+    """How many of this host's cores each of some processes gets: 1 at least."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 def start_process_group(timeout_s: float, *, quiet: bool = True) -> torch.device:
