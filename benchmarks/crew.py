@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from contestants import CONTESTANTS, Runner, Seat
+from contestants import CONTESTANTS, GAUGES, Runner, Seat
 from work import Work
 
 from dsaux.rendezvous import free_port
@@ -44,7 +44,7 @@ class Team:
     """Who works, and where.
 
     Attributes:
-        contestant: a name in `CONTESTANTS`.
+        contestant: a name in `CONTESTANTS` or `GAUGES`.
         ranks: number of processes.
         threads: PyTorch's threads in a process. One: the rank is pinned to a core of its own, as far as there are any.
         make_work: makes the work; called in every process.
@@ -226,7 +226,8 @@ def _serve(connection: Any, team: Team, rank: int, port: int) -> None:
     while (order := connection.recv()) is not None:
         if order.micro_batches not in runners:
             seat = Seat(rank, team.ranks, order.micro_batches, order.bounds, torch.device("cpu"))
-            runners[order.micro_batches] = CONTESTANTS[team.contestant].build(work, seat)
+            contestant = CONTESTANTS.get(team.contestant) or GAUGES[team.contestant]
+            runners[order.micro_batches] = contestant.build(work, seat)
         connection.send(measure(runners[order.micro_batches], order, work=work, interface=team.interface))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from cases import Case, Entry
 from contestants import CONTESTANTS
 from crew import Crew, CrewError, Order, Team, Window
 from forecast import Forecast, Outlook
+from gauges import HOLLOW_STEPS, HOLLOW_WARMUP, Pace, hollow_work, lock_step_entries, pipelines
 from hosts import Cable
 
 Row = dict[str, Any]
@@ -45,38 +47,105 @@ def measure_case(case: Case, *, cable: Cable | None, environment: Row, tell: Cal
     forecast = Forecast(case.make_work())
     turns = [Turn(entry, count) for entry in case.entries for count in entry.micro_batches]
     outlooks = {turn: forecast.outlook(turn.entry, turn.micro_batches) for turn in turns}
+    bounds = {turn: outlook.bounds for turn, outlook in outlooks.items()}  # cut once, whatever the link
+    for entry in pipelines(case):
+        tell(f"{case.name}: {entry.contestant}'s own time, with layers that compute nothing")
+        _measure_engine(case, entry, bounds, forecast)
     with contextlib.ExitStack() as stack:
+        gauges = lock_step_entries(case)
         crews = {entry: stack.enter_context(Crew(_team(case, entry, cable))) for entry in case.entries}
-        failed: dict[Turn, str] = {}
+        crews |= {gauge: stack.enter_context(Crew(_team(case, gauge, None))) for gauge in gauges}
+        rounds = _Rounds(case, turns, [Turn(gauge, count) for gauge in gauges for count in gauge.micro_batches], bounds)
         for link in case.links_mbit or (None,):
             if cable is not None:
                 cable.shape(link)
-            blocks: dict[Turn, list[list[Window]]] = {turn: [] for turn in turns}
-            for block in range(-1, case.blocks):  # block -1 builds and warms up
-                shift = max(block, 0) % len(turns)
-                tell(f"{case.name}: block {block + 1} of {case.blocks}")
-                for turn in turns[shift:] + turns[:shift]:
-                    if turn in failed:
-                        continue
-                    steps = case.steps if block >= 0 else 1
-                    is_kept = case.keeps_intervals and block == case.blocks - 1
-                    order = Order(turn.micro_batches, outlooks[turn].bounds, case.warmup, steps, is_kept)
-                    try:
-                        windows = crews[turn.entry].block(order)
-                    except CrewError as error:
-                        failed |= {other: str(error) for other in turns if other.entry == turn.entry}
-                        continue
-                    if block >= 0:
-                        blocks[turn].append(windows)
+            blocks = rounds.measure(crews, tell=tell)
+            for gauge in rounds.gauges:
+                if gauge not in rounds.failed:
+                    pace = Pace(gauge.entry.ranks, gauge.entry.threads, gauge.micro_batches)
+                    forecast.learn_pace(pace, statistics.median(_step_s(blocks[gauge], rounds.steps(gauge))))
             for turn in turns:
-                if turn in failed:
-                    yield _failed_row(case, turn, link=link, error=failed[turn], environment=environment)
+                if turn in rounds.failed:
+                    yield _failed_row(case, turn, link=link, error=rounds.failed[turn], environment=environment)
                     continue
-                bounds = outlooks[turn].bounds  # cut once, whatever the link
-                outlook = forecast.outlook(turn.entry, turn.micro_batches, link_mbit=link, bounds=bounds)
-                yield row_of(
-                    case, turn, blocks[turn], link_mbit=link, outlook=outlook, work=forecast, environment=environment
+                look = functools.partial(
+                    forecast.outlook, turn.entry, turn.micro_batches, link_mbit=link, bounds=bounds[turn]
                 )
+                row = row_of(
+                    case,
+                    turn,
+                    blocks[turn],
+                    link_mbit=link,
+                    outlook=look(gauged=True),
+                    work=forecast,
+                    environment=environment,
+                )
+                yield {**row, "predicted_once": look().as_row()} if gauges else row
+
+
+class _Rounds:
+    """Goes round: a block of each contestant, and of each gauge twice.
+
+    Attributes:
+        failed: who failed, and why.
+
+    Args:
+        case: what is measured.
+        turns: of the contestants.
+        gauges: of the gauges.
+        bounds: where the network is cut, by turn.
+    """
+
+    def __init__(
+        self, case: Case, turns: Sequence[Turn], gauges: Sequence[Turn], bounds: Mapping[Turn, tuple[int, ...]]
+    ) -> None:
+        self.case, self.turns, self.gauges, self._bounds = case, turns, gauges, bounds
+        self._whole = (0, len(case.make_work().layers))
+        self.failed: dict[Turn, str] = {}
+
+    def steps(self, turn: Turn) -> int:
+        """Measured steps of a block; a gauge has more blocks, and shorter ones."""
+        return max(1, self.case.steps // 2) if turn in self.gauges else self.case.steps
+
+    def measure(self, crews: Mapping[Entry, Crew], *, tell: Callable[[str], None]) -> dict[Turn, list[list[Window]]]:
+        """The blocks of all turns, without the first of each, which builds and warms up."""
+        blocks: dict[Turn, list[list[Window]]] = {turn: [] for turn in (*self.turns, *self.gauges)}
+        for number in range(-1, self.case.blocks):
+            tell(f"{self.case.name}: block {number + 1} of {self.case.blocks}")
+            shift = max(number, 0) % len(self.turns)
+            turns = [*self.turns[shift:], *self.turns[:shift]]
+            half = len(turns) // 2
+            for turn in (*turns[:half], *self.gauges, *turns[half:], *self.gauges):
+                if turn in self.failed:
+                    continue
+                is_kept = self.case.keeps_intervals and number == self.case.blocks - 1
+                steps = self.steps(turn) if number >= 0 else 1
+                bounds = self._bounds.get(turn, self._whole)
+                order = Order(turn.micro_batches, bounds, self.case.warmup, steps, is_kept)
+                try:
+                    windows = crews[turn.entry].block(order)
+                except CrewError as error:
+                    self.failed |= {other: str(error) for other in blocks if other.entry == turn.entry}
+                    continue
+                if number >= 0:
+                    blocks[turn].append(windows)
+        return blocks
+
+
+def _measure_engine(case: Case, entry: Entry, bounds: Mapping[Turn, tuple[int, ...]], forecast: Forecast) -> None:
+    """Tell the planner what an engine takes for layers that compute nothing; who fails is left out."""
+    team = Team(entry.contestant, entry.ranks, functools.partial(hollow_work, case.make_work), entry.threads)
+    with Crew(team) as crew, contextlib.suppress(CrewError):  # the contestant itself will say it
+        for count in entry.micro_batches:
+            cut = bounds[Turn(entry, count)]
+            windows = crew.block(Order(count, cut, HOLLOW_WARMUP, HOLLOW_STEPS))
+            (step_s,) = _step_s([windows], HOLLOW_STEPS)
+            forecast.learn_overhead(entry, count, bounds=cut, step_s=step_s)
+
+
+def _step_s(blocks: Sequence[Sequence[Window]], steps: int) -> list[float]:
+    """Seconds of a step, the mean over ranks and steps, for each block."""
+    return [statistics.mean(window.window_s for window in block) / steps for block in blocks]
 
 
 def _team(case: Case, entry: Entry, cable: Cable | None) -> Team:
@@ -115,7 +184,7 @@ def row_of(
         environment: of this run.
     """
     entry, batch = turn.entry, work.work.global_batch
-    step_s = [statistics.mean(window.window_s for window in block) / case.steps for block in blocks]
+    step_s = _step_s(blocks, case.steps)
     speeds = [batch / seconds for seconds in step_s]
     by_rank = list(zip(*blocks, strict=True))
     busy = [statistics.median(_busy_share(window, entry, work) for window in windows) for windows in by_rank]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from cases import Entry
 from contestants import CONTESTANTS
+from gauges import Pace, at_pace, engine_overhead_s, hollow_work, pace_of
 from work import OPTIMIZER, Work
 
 from dsaux.models.local_heads import make_local_head
@@ -55,9 +56,49 @@ class Forecast:
         self.work = work
         self._workloads: dict[tuple[int, int], Workload] = {}
         self._loopback: Link | None = None
+        self._paces: dict[Pace, float] = {}
+        self._overheads_s: dict[tuple[Entry, int], float] = {}
+
+    def learn_pace(self, pace: Pace, step_s: float) -> None:
+        """Take in what a lock-step gauge measured.
+
+        Args:
+            pace: which one.
+            step_s: seconds from barrier to barrier.
+        """
+        size = self.work.global_batch // (pace.ranks * pace.passes)
+        with _threads(pace.threads):
+            times = self._workload(pace.threads, ranks=pace.ranks).layer_times(size)
+        self._paces[pace] = step_s / (pace.passes * sum(time.total_s for time in times))
+
+    def learn_overhead(self, entry: Entry, micro_batches: int, *, bounds: tuple[int, ...], step_s: float) -> None:
+        """Take in what an engine needed for a step with hollow layers.
+
+        Args:
+            entry: whose.
+            micro_batches: micro-batches in a step.
+            bounds: where the layers were cut.
+            step_s: seconds of the step.
+        """
+        self._overheads_s[entry, micro_batches] = engine_overhead_s(
+            self._hollow,
+            entry.contestant,
+            stages=entry.ranks,
+            micro_batches=micro_batches,
+            global_batch=self.work.global_batch,
+            link=self._link(None),
+            bounds=bounds,
+            step_s=step_s,
+        )
 
     def outlook(
-        self, entry: Entry, micro_batches: int, *, link_mbit: float | None = None, bounds: tuple[int, ...] | None = None
+        self,
+        entry: Entry,
+        micro_batches: int,
+        *,
+        link_mbit: float | None = None,
+        bounds: tuple[int, ...] | None = None,
+        gauged: bool = False,
     ) -> Outlook:
         """What an entry should reach at a number of micro-batches.
 
@@ -66,8 +107,12 @@ class Forecast:
             micro_batches: micro-batches in a step.
             link_mbit: rate of the link between ranks; None: that of this machine's loopback.
             bounds: where to cut; None takes the best for this entry.
+            gauged: use what the gauges have shown, as far as it is known.
         """
         workload = self._workload(entry.threads, ranks=entry.ranks)
+        if gauged:
+            pace = self._paces.get(pace_of(entry, micro_batches), 1.0)
+            workload = at_pace(workload, pace, overhead_s=self._overheads_s.get((entry, micro_batches), 0.0))
         pieces = CONTESTANTS[entry.contestant].chunks
         # One stage under dsaux's engine has no AuxNet: it is a plain loop.
         name = "one-process" if entry.ranks == 1 else entry.contestant
@@ -92,6 +137,12 @@ class Forecast:
                 made = sleeping_workload(self.work) if sleeps else timed_workload(self.work, neighbours=ranks - 1)
             self._workloads[threads, ranks] = made
         return self._workloads[threads, ranks]
+
+    @functools.cached_property
+    def _hollow(self) -> Workload:
+        """Times of this work's hollow layers."""
+        with _threads(1):
+            return timed_workload(hollow_work(lambda: self.work), neighbours=0)
 
     def _link(self, mbit: float | None) -> Link:
         if mbit is not None:

@@ -1,6 +1,6 @@
 """The contestants by name: who trains the same work, each on its real engine.
 
-To add one: a module with `build(work, seat) -> Runner` and a line in `CONTESTANTS`.
+To add one: a module with `build(work, seat, schedule=...) -> Runner` and a line in `CONTESTANTS`.
 """
 
 from __future__ import annotations
@@ -94,3 +94,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "dsaux-local": Contestant("dsaux_pipe", chunks=1, is_exact=False, schedule="local"),
 }
 """Names as in the results."""
+
+LOCK_STEP = "lock-step"
+GAUGES: Mapping[str, Contestant] = {LOCK_STEP: Contestant("lock_step", chunks=0)}
+"""Who is measured for the planner's sake alone (`gauges`)."""

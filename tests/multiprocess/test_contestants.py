@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
-from contestants import CONTESTANTS, Seat
+from contestants import CONTESTANTS, GAUGES, LOCK_STEP, Seat
+from gauges import HollowLayer, hollow_work
 from work import OPTIMIZER, Work, loss_of, model_work, sleeping_work
 
 from tests.ranks import run_ranks
@@ -45,6 +47,7 @@ DECOUPLED: tuple[Entry, ...] = tuple(
     (name, count) for name in ("dsaux-penalty", "dsaux-al", "dsaux-local") for count in (1, 4)
 )
 TWO_CHUNKS: tuple[Entry, ...] = (("torch-interleaved", 8), ("torch-zbv", 8), ("deepspeed-dualpipev", 8))
+PIPELINES: tuple[Entry, ...] = tuple(entry for entry in EXACT if entry[0] != "ddp")
 WITH_BATCHNORM: tuple[Entry, ...] = tuple((name, 4) for name in dict(EXACT) if name != "ddp")
 
 Outcome = Mapping[Entry, tuple[list[float | None], float]]
@@ -93,6 +96,46 @@ def count_sleeps(work: Work) -> list[float]:
 
 def train_two_ranks() -> tuple[Outcome, Outcome]:
     return train(EXACT + DECOUPLED, sleeping), train(WITH_BATCHNORM, convolutional)
+
+
+def pass_hollow_layers(entries: Sequence[Entry]) -> Mapping[Entry, int]:
+    """How often hollow layers are passed on this rank in all steps of each entry."""
+    passes: list[int] = []
+    forward = HollowLayer.forward
+
+    def counted(self: HollowLayer, x: torch.Tensor) -> torch.Tensor:
+        passes.append(1)
+        return forward(self, x)
+
+    HollowLayer.forward = counted  # type: ignore[method-assign]
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found = {}
+    for name, micro_batches in entries:
+        work = hollow_work(functools.partial(convolutional, ranks))
+        cuts = ranks * CONTESTANTS[name].chunks
+        bounds = tuple(round(cut * len(work.layers) / cuts) for cut in range(cuts + 1))
+        runner = CONTESTANTS[name].build(work, Seat(rank, ranks, micro_batches, bounds, torch.device("cpu")))
+        passes.clear()
+        for _ in range(STEPS):
+            runner.step()
+        runner.drain()
+        found[name, micro_batches] = len(passes)
+    return found
+
+
+def pass_in_lock_step(micro_batches: int) -> tuple[int, list[torch.Tensor]]:
+    """Passes of the whole network on this rank in all steps, and its weights behind them."""
+    work = convolutional(torch.distributed.get_world_size())
+    seat = Seat(
+        torch.distributed.get_rank(), torch.distributed.get_world_size(), micro_batches, (0, 1), torch.device("cpu")
+    )
+    runner: Any = GAUGES[LOCK_STEP].build(work, seat)
+    samples: list[int] = []
+    runner.model.register_forward_pre_hook(lambda model, inputs: samples.append(len(inputs[0])))
+    for _ in range(STEPS):
+        runner.step()
+    assert set(samples) == {work.global_batch // seat.ranks // micro_batches}
+    return len(samples), [parameter.detach().clone() for parameter in runner.model.parameters()]
 
 
 # ---- the references -------------------------------------------------------------------------------------------------
@@ -194,6 +237,21 @@ def test_every_rank_sleeps_as_long_as_its_share_of_the_network_whatever_the_cont
 def test_each_of_four_ranks_sleeps_as_long_as_its_share(four_ranks: list[Outcome], entry: Entry) -> None:
     for outcome in four_ranks:
         assert outcome[entry][1] == pytest.approx(STEPS * (FORWARD_S + BACKWARD_S))
+
+
+def test_every_pipeline_passes_hollow_layers_as_often_as_real_ones() -> None:
+    first, last = run_ranks(pass_hollow_layers, 2, PIPELINES)
+    layers = len(convolutional(2).layers)
+    assert {entry: first[entry] + last[entry] for entry in PIPELINES} == {
+        entry: STEPS * entry[1] * layers for entry in PIPELINES
+    }
+
+
+def test_a_lock_step_gauge_passes_its_share_of_the_batch_and_trains_nothing() -> None:
+    fresh = [parameter.detach() for parameter in convolutional(2).build(0, len(convolutional(2).layers)).parameters()]
+    for passes, weights in run_ranks(pass_in_lock_step, 2, 4):
+        assert passes == STEPS * 4
+        assert all(torch.equal(weight, start) for weight, start in zip(weights, fresh, strict=True))
 
 
 def test_every_contestant_of_several_ranks_is_tested_here() -> None:

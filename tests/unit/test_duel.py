@@ -310,7 +310,17 @@ def test_predictions_are_counted_within_fifteen_per_cent(results: Any) -> None:
     )
     results("sleep", compute_row("ddp", 10.0, suite="sleep", predicted={"samples_per_s": None}))
     results("network", compute_row("ddp", 10.0, suite="network", predicted={"samples_per_s": None}))
-    assert "| compute | `ddp` | 2 | 1.15 (1.10 to 1.20) | 1 of 2 |" in duel_tables.prediction_table()
+    assert "| compute | `ddp` | 2 | 1.15 (1.10 to 1.20) | 1 of 2 | - | - |" in duel_tables.prediction_table()
+
+
+def test_predictions_of_layers_that_were_timed_once_are_counted_beside_those_with_gauges(results: Any) -> None:
+    results(
+        "compute",
+        compute_row("ddp", 10.0, predicted_once={"samples_per_s": 13.0}),
+        compute_row("ddp", 10.0, micro_batches=2, predicted_once={"samples_per_s": 8.0}),
+    )
+    expected = "| compute | `ddp` | 2 | 1.10 (1.10 to 1.10) | 2 of 2 | 1.05 (0.80 to 1.30) | 0 of 2 |"
+    assert expected in duel_tables.prediction_table()
 
 
 def test_seconds_of_training_leave_evaluations_out() -> None:
