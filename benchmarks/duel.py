@@ -13,7 +13,7 @@ from cases import Case, Entry
 from contestants import CONTESTANTS
 from crew import Crew, CrewError, Order, Team, Window
 from forecast import Forecast, Outlook
-from gauges import HOLLOW_STEPS, HOLLOW_WARMUP, Pace, hollow_work, lock_step_entries, pipelines
+from gauges import HOLLOW_STEPS, HOLLOW_WARMUP, Pace, hollow_entries, hollow_work, lock_step_entries
 from hosts import Cable
 
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ def measure_case(case: Case, *, cable: Cable | None, environment: Row, tell: Cal
     turns = [Turn(entry, count) for entry in case.entries for count in entry.micro_batches]
     outlooks = {turn: forecast.outlook(turn.entry, turn.micro_batches) for turn in turns}
     bounds = {turn: outlook.bounds for turn, outlook in outlooks.items()}  # cut once, whatever the link
-    for entry in pipelines(case):
+    for entry in hollow_entries(case):
         tell(f"{case.name}: {entry.contestant}'s own time, with layers that compute nothing")
         _measure_engine(case, entry, bounds, forecast)
     with contextlib.ExitStack() as stack:
@@ -80,7 +80,7 @@ def measure_case(case: Case, *, cable: Cable | None, environment: Row, tell: Cal
                     work=forecast,
                     environment=environment,
                 )
-                yield {**row, "predicted_once": look().as_row()} if gauges else row
+                yield {**row, "predicted_once": look().as_row()}
 
 
 class _Rounds:
@@ -140,7 +140,8 @@ def _measure_engine(case: Case, entry: Entry, bounds: Mapping[Turn, tuple[int, .
             cut = bounds[Turn(entry, count)]
             windows = crew.block(Order(count, cut, HOLLOW_WARMUP, HOLLOW_STEPS))
             (step_s,) = _step_s([windows], HOLLOW_STEPS)
-            forecast.learn_overhead(entry, count, bounds=cut, step_s=step_s)
+            cpu_s = max(window.cpu_s for window in windows) / HOLLOW_STEPS
+            forecast.learn_engine(entry, count, bounds=cut, step_s=step_s, cpu_s=cpu_s)
 
 
 def _step_s(blocks: Sequence[Sequence[Window]], steps: int) -> list[float]:

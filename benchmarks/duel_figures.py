@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import matplotlib as mpl
 import matplotlib.ticker
 from canvas import BLUE, BROWN, GREEN, INK, ORANGE, PURPLE, QUIET, STYLE, new_figure
-from duel_tables import best_rows, newest_rows, rows_by_case, title_of
+from duel_tables import best_rows, idle_in_theory, newest_rows, rows_by_case, title_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from seeds import Row
@@ -74,7 +74,7 @@ def idle_figure() -> Figure:
                         markersize=3,
                         label=name,
                     )
-                    known = [(peers, row["predicted"].get("idle_share")) for peers, row in own]
+                    known = [(peers, idle_in_theory(row)) for peers, row in own]
                     known = [(peers, 100 * idle) for peers, idle in known if idle is not None]
                     axes.plot(*zip(*known, strict=True), color=colour, linestyle=":", linewidth=1) if known else None
             axes.set_xscale("log", base=2)
@@ -87,7 +87,7 @@ def idle_figure() -> Figure:
         panels[0].set_ylabel("idle, %")
         handles = {line.get_label(): line for axes in panels for line in axes.lines if line.get_label()[0] != "_"}
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, bbox_to_anchor=(0.5, 0.045))
-        _note(figure, "Dotted: predicted by the planner. dsaux has one micro-batch throughout: it needs no more.")
+        _note(figure, "Dotted: in theory. dsaux has one micro-batch throughout: it needs no more.")
     return figure
 
 

@@ -39,7 +39,7 @@ def sleep_table() -> str:
         "samples/s, median (range)",
         "times 1F1B",
         "idle",
-        "idle, predicted",
+        "idle, in theory",
     )
     lines = _head(heads)
     for case, members in sorted(rows_by_case(rows), key=lambda named: _ranks_and_peers(named[0])):
@@ -54,7 +54,7 @@ def sleep_table() -> str:
                 _speed(row),
                 _times(row, base),
                 f"{100 * row['idle_share']:.1f} %",
-                _predicted_idle(row),
+                _theory(row),
             ]
             lines.append(table_line(cells))
     return "\n".join([*lines, "", _measured(rows)])
@@ -265,8 +265,14 @@ def _times(row: Row, base: Row | None) -> str:
     return "-" if base is None else f"{row['samples_per_s'] / base['samples_per_s']:.2f}"
 
 
-def _predicted_idle(row: Row) -> str:
-    idle = row["predicted"].get("idle_share")
+def idle_in_theory(row: Row) -> float | None:
+    """Idle share of engines that take no time of their own; None where nothing was predicted."""
+    share: float | None = row.get("predicted_once", row["predicted"]).get("idle_share")
+    return share
+
+
+def _theory(row: Row) -> str:
+    idle = idle_in_theory(row)
     return "-" if idle is None else f"{100 * idle:.1f} %"
 
 

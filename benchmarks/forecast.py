@@ -71,15 +71,23 @@ class Forecast:
             times = self._workload(pace.threads, ranks=pace.ranks).layer_times(size)
         self._paces[pace] = step_s / (pace.passes * sum(time.total_s for time in times))
 
-    def learn_overhead(self, entry: Entry, micro_batches: int, *, bounds: tuple[int, ...], step_s: float) -> None:
+    def learn_engine(
+        self, entry: Entry, micro_batches: int, *, bounds: tuple[int, ...], step_s: float, cpu_s: float
+    ) -> None:
         """Take in what an engine needed for a step with hollow layers.
+
+        Ranks that sleep leave the cores to each other, so that processor time counts; ranks that compute do not.
 
         Args:
             entry: whose.
             micro_batches: micro-batches in a step.
             bounds: where the layers were cut.
             step_s: seconds of the step.
+            cpu_s: processor time in it of the rank with most.
         """
+        if self.work.sleeper is not None:
+            self._overheads_s[entry, micro_batches] = cpu_s / micro_batches
+            return
         self._overheads_s[entry, micro_batches] = engine_overhead_s(
             self._hollow,
             entry.contestant,

@@ -61,9 +61,15 @@ def test_every_entry_of_a_case_with_real_layers_has_a_gauge_that_shares_its_batc
         assert {gauge.contestant for gauge in gauges.lock_step_entries(case)} == {LOCK_STEP}
 
 
-def test_stages_that_sleep_have_no_gauges() -> None:
+def test_stages_that_sleep_have_no_pace_to_measure() -> None:
     case = cases.cases_of("sleep", quick=False, cores=2)[1]
-    assert gauges.lock_step_entries(case) == gauges.pipelines(case) == []
+    assert gauges.lock_step_entries(case) == []
+
+
+def test_engines_are_measured_where_no_auxnet_hides_them() -> None:
+    sleeping, computing = (cases.cases_of(suite, quick=False, cores=2)[1] for suite in ("sleep", "compute"))
+    assert gauges.hollow_entries(sleeping) == list(sleeping.entries)
+    assert [entry.contestant for entry in gauges.hollow_entries(computing)] == list(cases.EXACT)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,19 @@ def test_hollow_layers_of_different_sizes_are_told_apart_when_layers_are_timed()
     assert len(texts) == len(set(specs))
 
 
+def test_hollow_sleepers_stay_awake_and_compute_as_before() -> None:
+    def make() -> Work:
+        return sleeping_work(stages=2, global_batch=8, forward_s=1e6, backward_s=1e6)
+
+    hollow = gauges.hollow_work(make)
+    model = hollow.build(0, len(hollow.layers))
+    x = torch.ones(2, 3, 8, 8)
+    model(x).sum().backward()
+    assert hollow.sleeper is not None
+    assert hollow.sleeper.slept_s < 1.0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 # ---- what the planner makes of it -----------------------------------------------------------------------------------
 
 
@@ -164,6 +183,18 @@ def test_a_forecast_goes_by_the_gauges_only_where_it_is_asked_to() -> None:
     assert gauged.prediction.step_s == pytest.approx(2.0 * once.prediction.step_s, rel=1e-3)
     other = cases.Entry("deepspeed-1f1b", 2, (8,))
     assert forecast.outlook(other, 8, gauged=True) == forecast.outlook(other, 8), "another size has another gauge"
+
+
+@pytest.mark.parametrize("contestant", ["deepspeed-1f1b", "dsaux-penalty"])
+def test_the_processor_time_of_an_engine_comes_on_top_of_stages_that_sleep(contestant: str) -> None:
+    work = sleeping_work(stages=2, global_batch=8, forward_s=1.0, backward_s=2.0)
+    forecast, entry = Forecast(work), cases.Entry(contestant, 2, (4,))
+    once = forecast.outlook(entry, 4)
+    forecast.learn_engine(entry, 4, bounds=once.bounds, step_s=9.0, cpu_s=0.4)
+    gauged = forecast.outlook(entry, 4, gauged=True)
+    ticks = 4 + 1 if contestant == "deepspeed-1f1b" else 4  # micro-batches behind each other, and the fill
+    assert gauged.prediction.step_s - once.prediction.step_s == pytest.approx(ticks * 0.1, rel=1e-3)
+    assert forecast.outlook(entry, 4) == once
 
 
 # ---- rounds ---------------------------------------------------------------------------------------------------------
