@@ -63,9 +63,13 @@ def lock_step_entries(case: Case) -> list[Entry]:
     paces = dict.fromkeys(pace_of(entry, count) for entry in case.entries for count in entry.micro_batches)
     teams = dict.fromkeys((pace.ranks, pace.threads) for pace in paces)
     return [
-        Entry(LOCK_STEP, ranks, tuple(pace.passes for pace in paces if (pace.ranks, pace.threads) == team), threads)
-        for team in teams
-        for ranks, threads in [team]
+        Entry(
+            LOCK_STEP,
+            ranks,
+            tuple(pace.passes for pace in paces if (pace.ranks, pace.threads) == (ranks, threads)),
+            threads,
+        )
+        for ranks, threads in teams
     ]
 
 
