@@ -64,7 +64,7 @@ def cases_of(suite: str, *, quick: bool, cores: int) -> list[Case]:
 
     Args:
         suite: "sleep", "compute" or "network".
-        quick: the smallest case alone, in a minute or two: shows that everything runs, its figures are worth little.
+        quick: the smallest case alone, in a few minutes: shows that everything runs, its figures are worth little.
         cores: of this machine, for the process that may use all of them.
     """
     cases = {"sleep": _sleep, "compute": _compute, "network": _network}[suite](cores)

@@ -112,11 +112,11 @@ def compute_all_table() -> str:
 
 
 def prediction_table() -> str:
-    """How far the planner is off, over all lines of a suite and contestant: with gauges, and with layers timed once."""
+    """How far the planner is off, over all lines of a suite and contestant: with gauges, and without."""
     measured = [suite for suite in ("sleep", "compute", "network") if read_lines(RESULTS / f"{suite}.jsonl")]
     rows = [row for suite in measured for row in newest_rows(suite)]
     ratio, within = "predicted / measured, median (range)", "within 15 %"
-    lines = _head(("suite", "contestant", "lines", ratio, within, f"layers timed once: {ratio}", within))
+    lines = _head(("suite", "contestant", "lines", ratio, within, f"without gauges: {ratio}", within))
     suites = dict.fromkeys((row["suite"], row["contestant"]) for row in rows)
     for suite, contestant in suites:
         own = [row for row in rows if (row["suite"], row["contestant"]) == (suite, contestant)]

@@ -6,7 +6,7 @@
     python benchmarks/run.py --suite accuracy   test accuracy over wall time, three seeds
     python benchmarks/run.py --suite device     stages on one GPU (benchmarks/device.py, which has options of its own)
 
-`--quick` measures the smallest case of a suite, in a minute or two: it shows that everything runs, no more. Contestants
+`--quick` measures the smallest case of a suite, in a few minutes: it shows that everything runs, no more. Contestants
 of a case take turns block by block, so that a slow minute of the machine meets all of them; warm-up is left out, a
 block goes from barrier to barrier. `benchmarks/report.py` makes the tables of docs/benchmarks.md of the lines.
 """

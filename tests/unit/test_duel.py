@@ -313,7 +313,7 @@ def test_predictions_are_counted_within_fifteen_per_cent(results: Any) -> None:
     assert "| compute | `ddp` | 2 | 1.15 (1.10 to 1.20) | 1 of 2 | - | - |" in duel_tables.prediction_table()
 
 
-def test_predictions_of_layers_that_were_timed_once_are_counted_beside_those_with_gauges(results: Any) -> None:
+def test_predictions_without_gauges_are_counted_beside_those_with_them(results: Any) -> None:
     results(
         "compute",
         compute_row("ddp", 10.0, predicted_once={"samples_per_s": 13.0}),
