@@ -4,7 +4,7 @@ Two gauges, neither of which sees a contestant train:
 
 - "lock-step": every rank passes the whole network forward and backward over its share of the batch, as often as a step
   has micro-batches for it, then all meet at a barrier. It takes turns with the contestants. A core of a shared machine
-  is a fifth slower for seconds at a time, and ranks that wait for each other go at the pace of the slowest.
+  is slower for seconds at a time, and ranks that wait for each other go at the pace of the slowest.
 - "hollow" layers compute nothing, but hand on tensors of the network's sizes: a pipeline of them shows what the engine
   itself does for each micro-batch, messages included. Layers that sleep are hollow when they do not sleep; the AuxNet,
   which theory takes as free there, is part of the engine then.

@@ -63,6 +63,11 @@ class Work:
         """The global batch of a step, counted from 0."""
         return self.batches[step % NUM_BATCHES]
 
+    def share(self, step: int, *, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+        """A rank's share of the global batch of a step."""
+        inputs, labels = (part.chunk(ranks)[rank] for part in self.batch(step))
+        return inputs, labels
+
     def micro_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The micro-batches of all steps without end, `count` to a step."""
         for step in itertools.count():

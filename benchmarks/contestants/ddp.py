@@ -26,7 +26,7 @@ class _DDP:
         self.steps = 0
 
     def step(self) -> float:
-        inputs, labels = (part.chunk(self.seat.ranks)[self.seat.rank] for part in self.work.batch(self.steps))
+        inputs, labels = self.work.share(self.steps, rank=self.seat.rank, ranks=self.seat.ranks)
         self.steps += 1
         count = self.seat.micro_batches
         total = torch.zeros(())

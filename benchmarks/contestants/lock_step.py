@@ -16,7 +16,7 @@ class _LockStep:
         self.model = work.build(0, len(work.layers)).to(seat.device).train()
 
     def step(self) -> None:
-        inputs, labels = (part.chunk(self.seat.ranks)[self.seat.rank] for part in self.work.batch(self.steps))
+        inputs, labels = self.work.share(self.steps, rank=self.seat.rank, ranks=self.seat.ranks)
         self.steps += 1
         count = self.seat.micro_batches
         for x, y in zip(inputs.chunk(count), labels.chunk(count), strict=True):

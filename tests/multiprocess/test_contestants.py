@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
-from contestants import CONTESTANTS, GAUGES, LOCK_STEP, Seat
+from contestants import CONTESTANTS, GAUGES, LOCK_STEP, Runner, Seat
 from gauges import HollowLayer, hollow_work
 from work import OPTIMIZER, Work, loss_of, model_work, sleeping_work
 
@@ -75,14 +75,19 @@ def train(entries: Sequence[Entry], make_work: Callable[[int], Work]) -> Outcome
 
 def train_one(entry: Entry, work: Work, *, rank: int, ranks: int) -> tuple[list[float | None], float]:
     slept = count_sleeps(work)
-    name, micro_batches = entry
-    cuts = ranks * max(1, CONTESTANTS[name].chunks)
-    bounds = tuple(round(cut * len(work.layers) / cuts) for cut in range(cuts + 1))
-    runner = CONTESTANTS[name].build(work, Seat(rank, ranks, micro_batches, bounds, torch.device("cpu")))
+    runner = runner_of(entry, work, rank=rank, ranks=ranks)
     slept.clear()  # shapes are found by a forward pass of their own
     losses = [runner.step() for _ in range(STEPS)]
     runner.drain()
     return losses, sum(slept)
+
+
+def runner_of(entry: Entry, work: Work, *, rank: int, ranks: int) -> Runner:
+    """An entry on layers that are shared out by their number."""
+    name, micro_batches = entry
+    cuts = ranks * max(1, CONTESTANTS[name].chunks)
+    bounds = tuple(round(cut * len(work.layers) / cuts) for cut in range(cuts + 1))
+    return CONTESTANTS[name].build(work, Seat(rank, ranks, micro_batches, bounds, torch.device("cpu")))
 
 
 def count_sleeps(work: Work) -> list[float]:
@@ -110,31 +115,28 @@ def pass_hollow_layers(entries: Sequence[Entry]) -> Mapping[Entry, int]:
     HollowLayer.forward = counted  # type: ignore[method-assign]
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {}
-    for name, micro_batches in entries:
+    for entry in entries:
         work = hollow_work(functools.partial(convolutional, ranks))
-        cuts = ranks * CONTESTANTS[name].chunks
-        bounds = tuple(round(cut * len(work.layers) / cuts) for cut in range(cuts + 1))
-        runner = CONTESTANTS[name].build(work, Seat(rank, ranks, micro_batches, bounds, torch.device("cpu")))
+        runner = runner_of(entry, work, rank=rank, ranks=ranks)
         passes.clear()
         for _ in range(STEPS):
             runner.step()
         runner.drain()
-        found[name, micro_batches] = len(passes)
+        found[entry] = len(passes)
     return found
 
 
 def pass_in_lock_step(micro_batches: int) -> tuple[int, list[torch.Tensor]]:
     """Passes of the whole network on this rank in all steps, and its weights behind them."""
-    work = convolutional(torch.distributed.get_world_size())
-    seat = Seat(
-        torch.distributed.get_rank(), torch.distributed.get_world_size(), micro_batches, (0, 1), torch.device("cpu")
-    )
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    work = convolutional(ranks)
+    seat = Seat(rank, ranks, micro_batches, (0, len(work.layers)), torch.device("cpu"))
     runner: Any = GAUGES[LOCK_STEP].build(work, seat)
     samples: list[int] = []
     runner.model.register_forward_pre_hook(lambda model, inputs: samples.append(len(inputs[0])))
     for _ in range(STEPS):
         runner.step()
-    assert set(samples) == {work.global_batch // seat.ranks // micro_batches}
+    assert set(samples) == {work.global_batch // ranks // micro_batches}
     return len(samples), [parameter.detach().clone() for parameter in runner.model.parameters()]
 
 
