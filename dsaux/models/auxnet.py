@@ -20,7 +20,7 @@ from dsaux.models.bottleneck import BottleneckSegment
 from dsaux.models.reference import in_one_line, is_reference, load_function
 from dsaux.models.resnet import initialize
 from dsaux.models.seeding import seeded
-from dsaux.models.segment_parts import batch_norm, pool_to
+from dsaux.models.segment_parts import batch_norm, pool_to, upsample_to
 from dsaux.models.shapes import SampleSpec, Shape
 from dsaux.models.token_segment import TokenSegment, check_token_boundary
 
@@ -88,7 +88,7 @@ class LightSegment(nn.Module):
         """(B, C_(k-1), H_(k-1), W_(k-1)) to (B, C_k, H_k, W_k)."""
         y = self.bn(self.conv(pool_to(x, self.size)))
         z = self.blocks(F.relu(pool_to(y, self.half_size)))
-        out = y + F.interpolate(z, size=self.size, mode="nearest")
+        out = y + upsample_to(z, self.size)
         return F.relu(out) if self.nonnegative else out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsaux.models.resnet import initialize
-from dsaux.models.segment_parts import batch_norm, pool_to
+from dsaux.models.segment_parts import batch_norm, pool_to, upsample_to
 from dsaux.models.shapes import SampleSpec
 
 STEM_WIDTHS = (16, 32, 64)
@@ -53,7 +53,7 @@ class BottleneckSegment(nn.Module):
         """(B, C_(k-1), H_(k-1), W_(k-1)) to (B, C_k, H_k, W_k)."""
         y = self.projection(pool_to(self.stem(x), self.size))
         z = self.blocks(F.relu(pool_to(y, self.half_size)))
-        out = y + F.interpolate(z, size=self.size, mode="nearest")
+        out = y + upsample_to(z, self.size)
         return F.relu(out) if self.nonnegative else out
 
 
