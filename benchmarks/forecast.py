@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import socket
 import statistics
 import threading
@@ -97,6 +98,7 @@ class Forecast:
             link=self._link(None),
             bounds=bounds,
             step_s=step_s,
+            cores=self._shared_cores(entry),
         )
 
     def outlook(
@@ -134,8 +136,14 @@ class Forecast:
                 global_batch=self.work.global_batch,
                 link=self._link(link_mbit),
                 bounds=bounds,
+                cores=self._shared_cores(entry),
             )
         return Outlook(prediction.bounds, prediction)
+
+    def _shared_cores(self, entry: Entry) -> int | None:
+        """This process's cores where an entry has more ranks that compute than those (`crew` pins them so)."""
+        cores = len(os.sched_getaffinity(0))
+        return cores if self.work.sleeper is None and entry.ranks > cores else None
 
     def _workload(self, threads: int, *, ranks: int) -> Workload:
         if (threads, ranks) not in self._workloads:

@@ -184,6 +184,7 @@ def engine_overhead_s(
     link: Link,
     bounds: Sequence[int],
     step_s: float,
+    cores: int | None = None,
 ) -> float:
     """Seconds per micro-batch and rank with which the planner's model of an engine gives a step that was measured.
 
@@ -196,12 +197,13 @@ def engine_overhead_s(
         link: between the ranks.
         bounds: where the layers were cut.
         step_s: what a step with hollow layers took.
+        cores: that the ranks shared, for `predict`; None: a core each.
     """
 
     def predicted_s(overhead_s: float) -> float:
         shape = {"stages": stages, "replicas": 1, "micro_batches": micro_batches, "global_batch": global_batch}
         work = at_pace(hollow, 1.0, overhead_s=overhead_s)
-        return predict(work, contestant, link=link, bounds=bounds, **shape).step_s  # type: ignore[arg-type]
+        return predict(work, contestant, link=link, bounds=bounds, cores=cores, **shape).step_s  # type: ignore[arg-type]
 
     low, high = 0.0, step_s
     for _ in range(_HALVINGS):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import choices
+import device_forecast
 import device_tables
 import duel_tables
 from config_table import config_table
@@ -411,6 +412,9 @@ TABLES: dict[str, TableOfDocument] = {
     "decode": TableOfDocument("docs/data.md", decode_table),
     "configurations": TableOfDocument("ds_configs/README.md", lambda: config_table(read_lines(SEEDS))),
     "device": TableOfDocument("docs/benchmarks.md", device_tables.device_table),
+    "device-forecast": TableOfDocument(
+        "docs/benchmarks.md", lambda: device_forecast.forecast_table(device_tables.RESULTS)
+    ),
     **{name: TableOfDocument("docs/benchmarks.md", make) for name, make in duel_tables.TABLES.items()},
 }
 

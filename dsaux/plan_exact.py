@@ -78,7 +78,8 @@ def exact_pipeline(setting: Setting) -> Step:
         for piece in pieces
     ]
     order = order_of(setting.contestant, chunks=chunks, stages=setting.stages, micro_batches=setting.micro_batches)
-    replayed = replay_times(order.operations)
+    cores = None if setting.cores is None else [rank % setting.cores for rank in range(setting.stages)]
+    replayed = replay_times(order.operations, cores=cores)
     held: list[list[Piece]] = [[] for _ in range(setting.stages)]
     crossing = 0
     for index, piece in enumerate(pieces):

@@ -10,12 +10,19 @@ other, whoever waits for them.
     sender     Compute | Exchange(sends=[a]) . . . . |=transfer=| Compute
     receiver   Compute . . . . . . | Exchange(receives=[a]) ====| Compute
 
+Ranks may share a core. Then those that compute at a time get equal parts of it, as a kernel's fair scheduler gives
+them, and a rank whose neighbours wait goes faster.
+
 `dsaux.schedules.replay` proves dsaux's own schedules by DeepSpeed's instructions; here streams come from three engines
 and every operation has a time.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import math
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +32,7 @@ class Compute:
     """Work of one rank.
 
     Attributes:
-        seconds: how long it takes.
+        seconds: how long it takes; on a shared core, beside all ranks of it at work.
         makes: name of what it makes, for those who need it; None if nobody does.
         sends_to: the rank that gets it, and the seconds that it travels, without blocking; None: it stays on this rank.
         needs: names of what it needs, from this rank or another.
@@ -85,87 +92,161 @@ class Replayed:
 
     Attributes:
         end_s: when each rank has done all of its operations.
-        busy_s: how long each rank computed.
+        busy_s: how long each rank computed; on a shared core its part of the time.
     """
 
     end_s: tuple[float, ...]
     busy_s: tuple[float, ...]
 
 
-def replay_times(streams: Sequence[Sequence[Operation]]) -> Replayed:
+def replay_times(streams: Sequence[Sequence[Operation]], *, cores: Sequence[int] | None = None) -> Replayed:
     """Run the operations of all ranks.
 
     Args:
         streams: of rank 0, 1, ..., in order.
+        cores: the core of each rank; None: every rank has its own.
 
     Raises:
         RuntimeError: if the ranks wait for each other forever.
     """
-    state = _Replay(len(streams))
-    place = [0] * len(streams)
-    went_on = True
-    while went_on:
-        went_on = False
-        for rank, stream in enumerate(streams):
-            while place[rank] < len(stream) and state.try_next(rank, stream[place[rank]]):
-                place[rank] += 1
-                went_on = True
-    stuck = [rank for rank, stream in enumerate(streams) if place[rank] < len(stream)]
-    if stuck:
+    replay = _Replay(streams, cores=range(len(streams)) if cores is None else cores)
+    replay.run()
+    if stuck := replay.stuck():
         raise RuntimeError(f"ranks {stuck} wait for each other forever; this order of operations has a deadlock.")
-    return Replayed(tuple(state.now), tuple(state.busy))
+    return Replayed(tuple(replay.end_s), tuple(replay.busy_s))
+
+
+@dataclass
+class _Core:
+    """A core and who computes on it.
+
+    Attributes:
+        residents: ranks that it has.
+        left_s: of each rank that computes, what it still needs beside all residents at work.
+        since_s: when these were right.
+        changes: how often who computes has changed.
+    """
+
+    residents: int
+    left_s: dict[int, float]
+    since_s: float = 0.0
+    changes: int = 0
 
 
 class _Replay:
-    def __init__(self, num_ranks: int) -> None:
-        self.now, self.busy = [0.0] * num_ranks, [0.0] * num_ranks
-        self.made: dict[Hashable, float] = {}  # without blocking: when it was there for who needs it
-        self.posted: dict[tuple[Hashable, int], float] = {}  # exchanges: when an end was reached
-        self.came: dict[Hashable, float] = {}
-        self.free_from: dict[tuple[int, int], float] = {}  # (sender, receiver): when the last message is through
+    """Events in the order of time: a rank has computed, or something is there that ranks may be waiting for."""
 
-    def try_next(self, rank: int, operation: Operation) -> bool:
-        """Do the next operation of a rank; False if it has to wait for another rank's first."""
-        if isinstance(operation, Compute):
-            return self._compute(rank, operation)
-        self._post(rank, operation.messages)
-        return isinstance(operation, Post) or self._exchange(rank, operation)
+    def __init__(self, streams: Sequence[Sequence[Operation]], *, cores: Sequence[int]) -> None:
+        self.streams = streams
+        self.end_s, self.busy_s = [0.0] * len(streams), [0.0] * len(streams)
+        self._now, self._place = 0.0, [0] * len(streams)
+        residents = Counter(cores)
+        by_number = {number: _Core(count, {}) for number, count in residents.items()}
+        self._cores = [by_number[number] for number in cores]
+        self._events: list[tuple[float, int, _Core | None, int, Hashable]] = []
+        self._numbers = itertools.count()  # events of the same time come in the order in which they were found
+        self._there_s: dict[Hashable, float] = {}  # what was made or has travelled: when
+        self._waiting: defaultdict[Hashable, list[int]] = defaultdict(list)
+        self._ends: defaultdict[Hashable, set[int]] = defaultdict(set)  # of a message: who has come to it
+        self._free_from_s: dict[tuple[int, int], float] = {}  # (sender, receiver): when the last message is through
 
-    def _compute(self, rank: int, operation: Compute) -> bool:
-        if any(name not in self.made for name in operation.needs):
-            return False
-        start = max([self.now[rank], *(self.made[name] for name in operation.needs)])
-        self.now[rank] = start + operation.seconds
-        self.busy[rank] += operation.seconds
+    def run(self) -> None:
+        """Go on until nothing happens any more."""
+        for rank in range(len(self.streams)):
+            self._go_on(rank)
+        while self._events:
+            time, _, core, changes, name = heapq.heappop(self._events)
+            if core is None:
+                self._now = time
+                for rank in self._waiting.pop(name, ()):
+                    self._go_on(rank)
+            elif core.changes == changes:
+                self._now = time
+                self._has_computed(core)
+
+    def stuck(self) -> list[int]:
+        """The ranks that have operations left."""
+        return [rank for rank, stream in enumerate(self.streams) if self._place[rank] < len(stream)]
+
+    def _go_on(self, rank: int) -> None:
+        """Do what a rank can do now, up to its next computation."""
+        stream = self.streams[rank]
+        while self._place[rank] < len(stream):
+            operation = stream[self._place[rank]]
+            if isinstance(operation, Compute):
+                if not self._waits(rank, operation.needs):
+                    self._start(rank, operation.seconds)
+                return
+            for message in operation.messages:
+                self._come_to(message, rank)
+            if isinstance(operation, Exchange) and self._waits(rank, [m.name for m in operation.messages]):
+                return
+            self._place[rank] += 1
+        self.end_s[rank] = self._now
+
+    def _waits(self, rank: int, names: Sequence[Hashable]) -> bool:
+        """Whether something is not there yet; the rank goes on when it is."""
+        for name in names:
+            if self._there_s.get(name, math.inf) > self._now:
+                self._waiting[name].append(rank)
+                return True
+        return False
+
+    def _start(self, rank: int, seconds: float) -> None:
+        core = self._cores[rank]
+        self._settle(core)
+        core.left_s[rank] = seconds
+        self._schedule(core)
+
+    def _has_computed(self, core: _Core) -> None:
+        """The rank with least left is through."""
+        rank = min(core.left_s, key=lambda other: core.left_s[other])
+        self._settle(core)
+        del core.left_s[rank]
+        self._schedule(core)
+        operation = self.streams[rank][self._place[rank]]
+        assert isinstance(operation, Compute)
         if operation.makes is not None:
-            self.made[operation.makes] = self.now[rank]
+            there_s = self._now
             if operation.sends_to is not None:
                 receiver, seconds = operation.sends_to
-                self.made[operation.makes] = self._travel((rank, receiver), self.now[rank], seconds)
-        return True
+                there_s = self._travel((rank, receiver), seconds)
+            self._is_there(operation.makes, there_s)
+        self._place[rank] += 1
+        self._go_on(rank)
 
-    def _post(self, rank: int, messages: Sequence[Message]) -> None:
-        for message in messages:
-            self.posted.setdefault((message.name, rank), self.now[rank])
+    def _settle(self, core: _Core) -> None:
+        """Count what has been computed on a core since its ranks last changed."""
+        elapsed, at_work = self._now - core.since_s, len(core.left_s)
+        for rank in core.left_s:
+            core.left_s[rank] = max(0.0, core.left_s[rank] - elapsed * core.residents / at_work)
+            self.busy_s[rank] += elapsed / at_work
+        core.since_s = self._now
 
-    def _exchange(self, rank: int, operation: Exchange) -> bool:
-        ends = [self._end_of(message) for message in operation.messages]
-        if any(end is None for end in ends):
-            return False
-        self.now[rank] = max([self.now[rank], *(end for end in ends if end is not None)])
-        return True
+    def _schedule(self, core: _Core) -> None:
+        """When the next of a core's ranks will be through, if no other begins."""
+        core.changes += 1
+        if core.left_s:
+            seconds = min(core.left_s.values()) * len(core.left_s) / core.residents
+            self._push(self._now + seconds, core, core.changes, None)
 
-    def _travel(self, way: tuple[int, int], ready_s: float, seconds: float) -> float:
+    def _come_to(self, message: Message, rank: int) -> None:
+        """A rank has come to its end of a message, which travels when both have."""
+        ends = self._ends[message.name]
+        if rank in ends:
+            return
+        ends.add(rank)
+        if {message.sender, message.receiver} <= ends:
+            self._is_there(message.name, self._travel((message.sender, message.receiver), message.seconds))
+
+    def _travel(self, way: tuple[int, int], seconds: float) -> float:
         """When a message has come that follows the others on its way."""
-        self.free_from[way] = max(ready_s, self.free_from.get(way, 0.0)) + seconds
-        return self.free_from[way]
+        self._free_from_s[way] = max(self._now, self._free_from_s.get(way, 0.0)) + seconds
+        return self._free_from_s[way]
 
-    def _end_of(self, message: Message) -> float | None:
-        """When a message has come; None while one of its ends has not been reached."""
-        if message.name not in self.came:
-            ends = [self.posted.get((message.name, rank)) for rank in (message.sender, message.receiver)]
-            if ends[0] is None or ends[1] is None:
-                return None
-            way = (message.sender, message.receiver)
-            self.came[message.name] = self._travel(way, max(ends[0], ends[1]), message.seconds)
-        return self.came[message.name]
+    def _is_there(self, name: Hashable, time_s: float) -> None:
+        self._there_s[name] = time_s
+        self._push(time_s, None, 0, name)
+
+    def _push(self, time_s: float, core: _Core | None, changes: int, name: Hashable) -> None:
+        heapq.heappush(self._events, (time_s, next(self._numbers), core, changes, name))

@@ -39,6 +39,7 @@ class Setting:
         micro_batch_size: samples in one.
         link: between ranks.
         cut: where the network is cut.
+        cores: that the ranks share, as `dsaux.planner.predict` has it; None: a device each.
     """
 
     workload: Workload
@@ -49,6 +50,7 @@ class Setting:
     micro_batch_size: int
     link: Link
     cut: Cut
+    cores: int | None = None
 
     def piece(self, index: int) -> Piece:
         """One piece of the network."""

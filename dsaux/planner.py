@@ -107,6 +107,7 @@ def predict(
     global_batch: int,
     link: Link,
     bounds: Sequence[int] | None = None,
+    cores: int | None = None,
 ) -> Prediction:
     """Predict a step.
 
@@ -119,6 +120,8 @@ def predict(
         global_batch: samples in a step; R x M must divide it.
         link: what joins each pair of neighbouring ranks, in each direction.
         bounds: where to cut; None balances the measured times for this contestant.
+        cores: fewer devices than ranks, rank r on number r mod `cores`; the workload's times are those beside all ranks
+            at work. A rank of an exact pipeline goes faster while others wait. None: a device each.
 
     Raises:
         ValueError: if the contestant cannot run like this, or the network cannot be cut so.
@@ -133,6 +136,7 @@ def predict(
         micro_batch_size=global_batch // (replicas * micro_batches),
         link=link,
         cut=Cut((0, workload.num_layers)),
+        cores=cores,
     )
     cut = Cut(tuple(bounds) if bounds is not None else balanced_bounds(setting))
     if not cut.fits(workload.num_layers, pieces=stages * ORDERS.get(contestant, 1)):

@@ -233,6 +233,37 @@ def test_torchs_1f1b_waits_for_its_sends_with_its_receives() -> None:
     assert step.step_s == pytest.approx(21.0, **DIGITS)
 
 
+def test_ranks_that_share_a_core_get_equal_parts_of_it() -> None:
+    """Seconds are those beside the other: rank 0 needs 1 s of the core, rank 1 needs 3 s, 2 of them alone."""
+    found = replay_times([[Compute(2.0)], [Compute(6.0)]], cores=[0, 0])
+    assert found.end_s == pytest.approx((2.0, 4.0))
+    assert found.busy_s == pytest.approx((1.0, 3.0))
+
+
+def test_a_rank_that_begins_slows_down_the_other_of_its_core_alone() -> None:
+    """Rank 2 begins after 1 s; until then rank 0 has done half of its work, as if it had a core to itself."""
+    streams = [[Compute(4.0)], [Compute(1.0, makes="a")], [Compute(2.0, needs=("a",))]]
+    found = replay_times(streams, cores=[0, 1, 0])
+    assert found.end_s == pytest.approx((3.0, 1.0, 3.0))
+    assert found.busy_s == pytest.approx((2.0, 1.0, 1.0))
+
+
+def test_a_pipeline_on_one_core_takes_the_work_of_all_its_stages_whatever_its_order() -> None:
+    layers = equal_layers(8)
+    for contestant in ORDERS:
+        shape = {"stages": 4, "replicas": 1, "micro_batches": 8, "global_batch": 8}
+        found = predict(layers, contestant, link=FREE, cores=1, **shape)  # type: ignore[arg-type]
+        assert found.step_s == pytest.approx(8 * 2 * 3.0), contestant  # 2 layers each, beside all: as one alone
+
+
+def test_one_micro_batch_at_a_time_goes_at_a_core_s_full_speed() -> None:
+    shape = {"stages": 4, "replicas": 1, "micro_batches": 1, "global_batch": 1}
+    apart = predict(equal_layers(4), "deepspeed-1f1b", link=FREE, **shape)  # type: ignore[arg-type]
+    shared = predict(equal_layers(4), "deepspeed-1f1b", link=FREE, cores=2, **shape)  # type: ignore[arg-type]
+    assert shared.step_s == pytest.approx(apart.step_s / 2)
+    assert shared.idle_share == pytest.approx(1.0 - 1.0 / 4)
+
+
 def test_ranks_that_wait_for_each_other_are_found() -> None:
     there, back = Message("there", 0, 1, seconds=0.0), Message("back", 1, 0, seconds=0.0)
     with pytest.raises(RuntimeError, match="wait for each other forever"):
