@@ -41,7 +41,7 @@ def throughput_figure() -> Figure:
         )
         panels = figure.subplots(bands, columns, squeeze=False).flatten()
         for axes, (case, rows) in zip(panels, cases, strict=False):
-            _bars(axes, best_rows(rows), title=case)
+            _bars(axes, best_rows(rows), title=case + _oversubscribed(rows))
         for axes in panels[len(cases) :]:
             axes.set_visible(False)
         figure.tight_layout(rect=(0.01, 0.06 / bands, 0.99, 1 - 0.5 / figure.get_figheight()))
@@ -201,6 +201,12 @@ def gantt_figure() -> Figure:
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _oversubscribed(rows: Sequence[Row]) -> str:
+    """What to add to the name of a case whose ranks outnumber the cores."""
+    cores = min(int(row["environment"]["cores"]) for row in rows)
+    return f" on {cores} cores" if max(int(row["ranks"]) for row in rows) > cores else ""
 
 
 def _bars(axes: Axes, rows: Sequence[Row], *, title: str, value: Callable[[Row], float] | None = None) -> None:
