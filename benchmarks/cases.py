@@ -102,11 +102,9 @@ def _sleep(cores: int) -> list[Case]:
             )
             entries = (*_pipelines(EXACT, stages, (count,)), *_pipelines(DSAUX, stages, counts))
             name, has_chart = f"p={stages}, M={count}", stages == 4 and count == 8
-            # Of the longest fewer; they scatter least.
-            steps = 4 if count == 1 else 2 if stages == 8 and count >= 16 else 3
-            cases.append(
-                Case("sleep", name, entries, work, steps=steps, blocks=max(4, steps + 1), keeps_intervals=has_chart)
-            )
+            # Of the longest cases fewer steps; they scatter least.
+            steps, blocks = (4, 5) if count == 1 else (2, 4) if stages == 8 and count >= 16 else (3, 4)
+            cases.append(Case("sleep", name, entries, work, steps=steps, blocks=blocks, keeps_intervals=has_chart))
     return cases
 
 

@@ -8,6 +8,8 @@ that was measured, and they run their stages by graphs, as dsaux does, which the
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,33 +91,42 @@ def workload_of(
         even: make the ranks equal: each stage takes what its part of the AuxNet leaves of the mean time of a rank.
         has_aux: count the AuxNet; without it for what has none.
     """
-    cuts = network.bounds[1:-1]
-    after = boundary_specs(list(network.layers), input_spec=(3, network.image_size, network.image_size))
-    specs = [(3, network.image_size, network.image_size), *(after[cut - 1] for cut in cuts)]
-    with torch.device("meta"):
-        net = build_aux_net(specs, segment=network.segment, width=network.width)
+    numbers, parameters = _sizes(network)
     aux_s = [float(row["aux_s"]) if has_aux else 0.0 for row in rows]
     # Stage k runs T_1 .. T_(k+1): what it takes longer for them than stage k-1 is T_(k+1).
     parts = [
-        SegmentCost(backward_s=max(0.0, now - before), parameter_bytes=4 * sum(p.numel() for p in segment.parameters()))
-        for segment, before, now in zip(net.segments, [0.0, *aux_s], aux_s, strict=False)
+        SegmentCost(backward_s=max(0.0, now - before), parameter_bytes=4 * count)
+        for count, before, now in zip(parameters, [0.0, *aux_s], aux_s, strict=False)
     ]
     stage_s = [float(row["step_s"][0]) - float(row["aux_s"]) for row in rows]
     if even:
         rank_s = (sum(stage_s) + sum(aux_s)) / len(rows)
         stage_s = [max(0.0, rank_s - aux) for aux in aux_s]
     times = tuple(LayerTimes(seconds / 3, seconds * 2 / 3) for seconds in stage_s)  # a backward pass is twice as long
-    sizes = [_BYTES[precision] * after[cut - 1].empty(1, device="meta").numel() for cut in network.bounds[1:]]
     nothing = (0,) * network.stages
     return Workload(
         layer_names=tuple(f"stage {index}" for index in range(network.stages)),
         times={network.batch: times},
-        update_s=tuple(map(float, nothing)),
+        update_s=(0.0,) * network.stages,
         parameter_bytes=nothing,
-        activation_bytes=tuple(sizes),
+        activation_bytes=tuple(_BYTES[precision] * count for count in numbers),
         kept_bytes=nothing,
         kinds=tuple(range(network.stages)),
         segment_cost=lambda source, target, size: parts[target - 1],
+    )
+
+
+@functools.cache
+def _sizes(network: Network) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of one sample after each stage, and parameters of each of the AuxNet's segments."""
+    image = (3, network.image_size, network.image_size)
+    after = boundary_specs(list(network.layers), input_spec=image)
+    ends = [after[cut - 1] for cut in network.bounds[1:]]
+    with torch.device("meta"):
+        net = build_aux_net([image, *ends[:-1]], segment=network.segment, width=network.width)
+    return (
+        tuple(math.prod(end.shape) for end in ends),
+        tuple(sum(weight.numel() for weight in segment.parameters()) for segment in net.segments),
     )
 
 

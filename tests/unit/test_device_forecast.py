@@ -15,7 +15,6 @@ import device_forecast  # noqa: E402 - scripts, found beside the other benchmark
 import device_plan  # noqa: E402
 
 NETWORK = device_plan.Network("resnet8", 3, 64, 16)
-ENVIRONMENT = {"device": "one GPU", "torch": "2", "date": "2026-01-01"}
 
 
 def line(stage: int, *, step_s: float, aux_s: float, mode: str = "graphed", **other: Any) -> dict[str, Any]:
