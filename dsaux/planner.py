@@ -126,7 +126,14 @@ def predict(
     Raises:
         ValueError: if the contestant cannot run like this, or the network cannot be cut so.
     """
-    _check(contestant, stages=stages, replicas=replicas, micro_batches=micro_batches, global_batch=global_batch)
+    _check(
+        contestant,
+        stages=stages,
+        replicas=replicas,
+        micro_batches=micro_batches,
+        global_batch=global_batch,
+        cores=cores,
+    )
     setting = Setting(
         workload=workload,
         contestant=contestant,
@@ -276,11 +283,15 @@ def _step_s(prediction: Prediction) -> float:
     return prediction.step_s
 
 
-def _check(contestant: str, *, stages: int, replicas: int, micro_batches: int, global_batch: int) -> None:
+def _check(
+    contestant: str, *, stages: int, replicas: int, micro_batches: int, global_batch: int, cores: int | None
+) -> None:
     if contestant not in _STEPS:
         raise ValueError(f'there is no contestant "{contestant}"; there are {", ".join(CONTESTANTS)}.')
     if min(stages, replicas, micro_batches, global_batch) < 1:
         raise ValueError("stages, replicas, micro-batches and the global batch must be 1 or more.")
+    if cores is not None and cores < 1:
+        raise ValueError(f"ranks cannot share {cores} cores; give 1 or more, or None for a device each.")
     if global_batch % (replicas * micro_batches):
         raise ValueError(
             f"a batch of {global_batch} cannot be shared by {replicas} replicas with {micro_batches} micro-batches."

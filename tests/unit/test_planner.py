@@ -264,6 +264,20 @@ def test_one_micro_batch_at_a_time_goes_at_a_core_s_full_speed() -> None:
     assert shared.idle_share == pytest.approx(1.0 - 1.0 / 4)
 
 
+def test_ranks_cannot_share_less_than_a_core() -> None:
+    with pytest.raises(ValueError, match="cannot share 0 cores; give 1 or more"):
+        predict(
+            equal_layers(4),
+            "torch-1f1b",
+            stages=2,
+            replicas=1,
+            micro_batches=2,
+            global_batch=2,
+            link=FREE,
+            cores=0,
+        )
+
+
 def test_ranks_that_wait_for_each_other_are_found() -> None:
     there, back = Message("there", 0, 1, seconds=0.0), Message("back", 1, 0, seconds=0.0)
     with pytest.raises(RuntimeError, match="wait for each other forever"):
