@@ -280,7 +280,8 @@ class Watch:
         if self._board is None:
             return
         now, rank = time.monotonic(), self._place.rank
-        listeners = self._place.world_size - sum(not self._listens(seen, now=now) for seen in self._seen.values())
+        deaf = [seen for seen in self._seen.values() if not self._listens(seen, cause, now=now)]
+        listeners = self._place.world_size - len(deaf)
         # Who has not come yet finds the cause in the store, if that is still there.
         limit_s = LINGER_S if len(self._seen) == self._place.world_size else SILENCE_S
         key, target = ("left", listeners - 1) if rank == 0 else ("told", listeners if rank in cause.ranks else 0)
@@ -292,11 +293,16 @@ class Watch:
             if rank == 0:
                 time.sleep(REPLY_S)  # the last one's count is in the store before the answer to it is out
 
-    def _listens(self, seen: Seen, *, now: float) -> bool:
-        """Whether a rank will read the cause: of this machine one that lives, late perhaps; else one heard lately."""
+    def _listens(self, seen: Seen, cause: Cause, *, now: float) -> bool:
+        """Whether a rank will read the cause: of this machine one that lives, late perhaps; else one heard lately.
+
+        One to blame that is silent is stopped, by a signal or a debugger.
+        """
         is_alive = self._is_alive(seen.sign)
         is_heard = now - seen.heard_at <= SHORT_SILENCE_S
-        return not seen.sign.is_done and (is_heard if is_alive is None else is_alive)
+        if is_alive is None or seen.sign.rank in cause.ranks:
+            return is_heard and is_alive is not False and not seen.sign.is_done
+        return is_alive and not seen.sign.is_done
 
     def _is_alive(self, sign: Sign) -> bool | None:
         is_here = self._own.machine and sign.machine == self._own.machine

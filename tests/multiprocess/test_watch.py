@@ -68,6 +68,18 @@ def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
         time.sleep(0.05)
 
 
+def say_when_read(watch: Any, rank: int, path: Path) -> None:
+    """Make a file when a watch has read a rank's last sign: how soon it does, an overloaded machine decides."""
+
+    def is_read() -> bool:
+        seen = watch._seen.get(rank)
+        return seen is not None and seen.sign.step == STEP
+
+    wait_until(is_read, START_LIMIT_S)
+    if is_read():
+        path.touch()
+
+
 def _rank_main(
     rank: int,
     culprit: int,
@@ -111,9 +123,13 @@ def _rank_main(
             torch.distributed.barrier()
             watch.progress(step=STEP, activity="training step")
             if rank == culprit:
-                threading.Event().wait(5 * PERIOD_S)  # the others have read its last sign
+                others = [Path(f"{folder}/read{other}") for other in range(RANKS) if other != culprit]
+                wait_until(lambda: all(path.exists() for path in others), START_LIMIT_S)
                 Path(f"{folder}/started").touch()
                 action(watch)
+            threading.Thread(
+                target=say_when_read, args=(watch, culprit, Path(f"{folder}/read{rank}")), daemon=True
+            ).start()
             torch.distributed.all_reduce(torch.ones(1))
             threading.Event().wait(10 * PERIOD_S * rank)  # ranks end at different times
 
