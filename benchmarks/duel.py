@@ -13,7 +13,16 @@ from cases import Case, Entry
 from contestants import CONTESTANTS
 from crew import Crew, CrewError, Order, Team, Window
 from forecast import Forecast, Outlook
-from gauges import HOLLOW_STEPS, HOLLOW_WARMUP, Pace, hollow_entries, hollow_work, lock_step_entries
+from gauges import (
+    HOLLOW_STEPS,
+    HOLLOW_WARMUP,
+    SPIN_STEPS,
+    SPIN_WARMUP,
+    Pace,
+    hollow_entries,
+    hollow_work,
+    lock_step_entries,
+)
 from hosts import Cable
 
 Row = dict[str, Any]
@@ -134,13 +143,16 @@ class _Rounds:
 
 def _measure_engine(case: Case, entry: Entry, bounds: Mapping[Turn, tuple[int, ...]], forecast: Forecast) -> None:
     """Tell the planner what an engine takes for layers that compute nothing; who fails is left out."""
-    team = Team(entry.contestant, entry.ranks, functools.partial(hollow_work, case.make_work), entry.threads)
+    spin = forecast.spin_times(entry)
+    warmup, steps = (HOLLOW_WARMUP, HOLLOW_STEPS) if spin is None else (SPIN_WARMUP, SPIN_STEPS)
+    make_work = functools.partial(hollow_work, case.make_work, spin=spin)
+    team = Team(entry.contestant, entry.ranks, make_work, entry.threads)
     with Crew(team) as crew, contextlib.suppress(CrewError):  # the contestant itself will say it
         for count in entry.micro_batches:
             cut = bounds[Turn(entry, count)]
-            windows = crew.block(Order(count, cut, HOLLOW_WARMUP, HOLLOW_STEPS))
-            (step_s,) = _step_s([windows], HOLLOW_STEPS)
-            cpu_s = max(window.cpu_s for window in windows) / HOLLOW_STEPS
+            windows = crew.block(Order(count, cut, warmup, steps))
+            (step_s,) = _step_s([windows], steps)
+            cpu_s = max(window.cpu_s for window in windows) / steps
             forecast.learn_engine(entry, count, bounds=cut, step_s=step_s, cpu_s=cpu_s)
 
 

@@ -59,6 +59,7 @@ class Forecast:
         self._loopback: Link | None = None
         self._paces: dict[Pace, float] = {}
         self._overheads_s: dict[tuple[Entry, int], float] = {}
+        self._hollow: dict[int | None, Workload] = {}
 
     def learn_pace(self, pace: Pace, step_s: float) -> None:
         """Take in what a lock-step gauge measured.
@@ -67,7 +68,7 @@ class Forecast:
             pace: which one.
             step_s: seconds from barrier to barrier.
         """
-        size = self.work.global_batch // (pace.ranks * pace.passes)
+        size = self.work.global_batch // pace.micro_batches
         with _threads(pace.threads):
             times = self._workload(pace.threads, ranks=pace.ranks).layer_times(size)
         self._paces[pace] = step_s / (pace.passes * sum(time.total_s for time in times))
@@ -90,7 +91,7 @@ class Forecast:
             self._overheads_s[entry, micro_batches] = cpu_s / micro_batches
             return
         self._overheads_s[entry, micro_batches] = engine_overhead_s(
-            self._hollow,
+            self._hollow_workload(entry),
             entry.contestant,
             stages=entry.ranks,
             micro_batches=micro_batches,
@@ -100,6 +101,16 @@ class Forecast:
             step_s=step_s,
             cores=self._shared_cores(entry),
         )
+
+    def spin_times(self, entry: Entry) -> tuple[LayerTimes, ...] | None:
+        """What hollow layers are to use up for an entry whose ranks share cores, for a sample; None for the others."""
+        cores = self._shared_cores(entry)
+        if cores is None:
+            return None
+        size = self.work.global_batch // entry.ranks
+        times = self._workload(entry.threads, ranks=entry.ranks).layer_times(size)
+        samples = size * entry.ranks / cores  # the times are those beside all ranks, with a part of a core
+        return tuple(LayerTimes(its.forward_s / samples, its.backward_s / samples) for its in times)
 
     def outlook(
         self,
@@ -154,11 +165,15 @@ class Forecast:
             self._workloads[threads, ranks] = made
         return self._workloads[threads, ranks]
 
-    @functools.cached_property
-    def _hollow(self) -> Workload:
-        """Times of this work's hollow layers."""
-        with _threads(1):
-            return timed_workload(hollow_work(lambda: self.work), neighbours=0)
+    def _hollow_workload(self, entry: Entry) -> Workload:
+        """Times of an entry's hollow layers."""
+        cores = self._shared_cores(entry)
+        known = entry.ranks if cores is not None else None
+        if known not in self._hollow:
+            with _threads(1):
+                alone = timed_workload(hollow_work(lambda: self.work, spin=self.spin_times(entry)), neighbours=0)
+            self._hollow[known] = alone if cores is None else at_pace(alone, entry.ranks / cores)
+        return self._hollow[known]
 
     def _link(self, mbit: float | None) -> Link:
         if mbit is not None:

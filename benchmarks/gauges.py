@@ -2,16 +2,18 @@
 
 Two gauges, neither of which sees a contestant train:
 
-- "lock-step": every rank passes the whole network forward and backward over its share of the batch, as often as a step
-  has micro-batches for it, then all meet at a barrier. It takes turns with the contestants. A core of a shared machine
-  is slower for seconds at a time, and ranks that wait for each other go at the pace of the slowest.
+- "lock-step": the ranks divide the micro-batches of a step, or each takes one where there are fewer, and pass the whole
+  network forward and backward with them, then all meet at a barrier. It takes turns with the contestants. A core of a
+  shared machine is slower for seconds at a time, and ranks that wait for each other go at the pace of the slowest.
 - "hollow" layers compute nothing, but hand on tensors of the network's sizes: a pipeline of them shows what the engine
   itself does for each micro-batch, messages included. Layers that sleep are hollow when they do not sleep; the AuxNet,
-  which theory takes as free there, is part of the engine then.
+  which theory takes as free there, is part of the engine then. Where ranks share a core a hollow layer uses up the
+  processor time that the real one takes: who waits for a message there is woken up beside somebody who computes.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from cases import EXACT, Case, Entry
 from contestants import CONTESTANTS, LOCK_STEP
+from sleepers import Sleeper, SleepingLayer
 from torch import Tensor, nn
 from work import Work
 
@@ -28,6 +31,8 @@ from dsaux.partition import LayerTimes
 from dsaux.planner import Link, SegmentCost, Workload, predict
 
 HOLLOW_WARMUP, HOLLOW_STEPS = 3, 10
+SPIN_WARMUP, SPIN_STEPS = 1, 5
+"""Steps of hollow layers that use up time, and last as long as real ones."""
 _HALVINGS = 40
 
 
@@ -38,22 +43,26 @@ class Pace:
     Attributes:
         ranks: processes.
         threads: of each.
-        passes: forward and backward passes of a rank between two barriers.
+        micro_batches: into which the ranks together divide the global batch.
     """
 
     ranks: int
     threads: int
-    passes: int
+    micro_batches: int
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a rank between two barriers; one where ranks outnumber micro-batches."""
+        return max(1, self.micro_batches // self.ranks)
 
 
 def pace_of(entry: Entry, micro_batches: int) -> Pace:
-    """The gauge with an entry's processes and size of micro-batch, or the nearest size where ranks outnumber them.
+    """The gauge with an entry's processes and size of micro-batch.
 
     A rank of a pipeline has a part of the network and all M micro-batches; one of the gauge the network and M / ranks.
     """
-    if not CONTESTANTS[entry.contestant].chunks:
-        return Pace(entry.ranks, entry.threads, micro_batches)
-    return Pace(entry.ranks, entry.threads, max(1, micro_batches // entry.ranks))
+    replicas = 1 if CONTESTANTS[entry.contestant].chunks else entry.ranks
+    return Pace(entry.ranks, entry.threads, replicas * micro_batches)
 
 
 def lock_step_entries(case: Case) -> list[Entry]:
@@ -66,7 +75,7 @@ def lock_step_entries(case: Case) -> list[Entry]:
         Entry(
             LOCK_STEP,
             ranks,
-            tuple(pace.passes for pace in paces if (pace.ranks, pace.threads) == (ranks, threads)),
+            tuple(pace.micro_batches for pace in paces if (pace.ranks, pace.threads) == (ranks, threads)),
             threads,
         )
         for ranks, threads in teams
@@ -125,23 +134,60 @@ class HollowLayer(nn.Module):
         return str(self.shape)
 
 
-def hollow_work(make_work: Callable[[], Work]) -> Work:
-    """A work with a hollow layer for each of its own; one of sleeping layers with layers that stay awake."""
+def hollow_work(make_work: Callable[[], Work], *, spin: Sequence[LayerTimes] | None = None) -> Work:
+    """A work with a hollow layer for each of its own; one of sleeping layers with layers that stay awake.
+
+    Args:
+        make_work: makes the work.
+        spin: seconds of processor time for a sample that each layer is to use up; None: none.
+    """
     work = make_work()
     if work.sleeper is not None:
         work.sleeper.means_s.update(dict.fromkeys(work.sleeper.means_s, 0.0))
         return work
     after = boundary_specs(list(work.layers), input_spec=work.input_spec)
-    layers = (Layer(layer.name, _HollowMaker(spec)) for layer, spec in zip(work.layers, after, strict=True))
+    times = spin or (None,) * len(after)
+    layers = (
+        Layer(layer.name, _HollowMaker(spec, its)) for layer, spec, its in zip(work.layers, after, times, strict=True)
+    )
     return replace(work, layers=tuple(layers))
+
+
+class Spinner(Sleeper):
+    """Uses up the processor time for which its layer would else sleep."""
+
+    def sleep(self, kind: str, *, samples: float) -> None:
+        """Spin until this thread has had the time of a "forward" or "backward" pass over so many samples."""
+        until = time.thread_time() + samples * self.means_s[kind]
+        while time.thread_time() < until:
+            pass
+
+
+class SpinningLayer(SleepingLayer):
+    """Hands on what a hollow layer makes, and uses up processor time before.
+
+    Args:
+        body: the hollow layer.
+        times: seconds for a sample.
+    """
+
+    def __init__(self, body: nn.Module, times: LayerTimes) -> None:
+        super().__init__(body, Spinner(forward_s=times.forward_s, backward_s=times.backward_s))
+        self.times = times
+
+    def extra_repr(self) -> str:
+        """Its times: what tells it from others."""
+        return str(self.times)
 
 
 @dataclass(frozen=True)
 class _HollowMaker:
     spec: SampleSpec
+    times: LayerTimes | None
 
     def __call__(self) -> nn.Module:
-        return HollowLayer(self.spec)
+        layer = HollowLayer(self.spec)
+        return layer if self.times is None else SpinningLayer(layer, self.times)
 
 
 # ---- what follows for the planner -----------------------------------------------------------------------------------

@@ -12,15 +12,17 @@ class _LockStep:
     fill = 0
 
     def __init__(self, work: Work, seat: Seat) -> None:
-        self.work, self.seat, self.steps = work, seat, 0
+        self.work, self.steps = work, 0
+        self._share = [index for index in range(seat.micro_batches) if index % seat.ranks == seat.rank]
+        self._share = self._share or [seat.rank % seat.micro_batches]
+        self._count = seat.micro_batches
         self.model = work.build(0, len(work.layers)).to(seat.device).train()
 
     def step(self) -> None:
-        inputs, labels = self.work.share(self.steps, rank=self.seat.rank, ranks=self.seat.ranks)
+        inputs, labels = (part.chunk(self._count) for part in self.work.batch(self.steps))
         self.steps += 1
-        count = self.seat.micro_batches
-        for x, y in zip(inputs.chunk(count), labels.chunk(count), strict=True):
-            loss_of(self.model(x), y).backward()
+        for index in self._share:
+            loss_of(self.model(inputs[index]), labels[index]).backward()
         self.model.zero_grad()
         torch.distributed.barrier()
 
@@ -29,5 +31,5 @@ class _LockStep:
 
 
 def build(work: Work, seat: Seat, *, schedule: str) -> Runner:
-    """This rank's runner; `seat.micro_batches` passes between two barriers."""
+    """This rank's runner; the ranks divide `seat.micro_batches`, and where they outnumber them each takes one."""
     return _LockStep(work, seat)

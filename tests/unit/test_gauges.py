@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,13 @@ def test_every_entry_of_a_case_with_real_layers_has_a_gauge_that_shares_its_batc
     for case in itertools.chain.from_iterable(cases.cases_of(suite, quick=False, cores=2) for suite in COMPUTED):
         batch = case.make_work().global_batch
         known = {
-            gauges.Pace(gauge.ranks, gauge.threads, passes)
+            gauges.Pace(gauge.ranks, gauge.threads, count)
             for gauge in gauges.lock_step_entries(case)
-            for passes in gauge.micro_batches
+            for count in gauge.micro_batches
         }
         assert known == {gauges.pace_of(entry, count) for entry in case.entries for count in entry.micro_batches}
-        assert all(batch % (pace.ranks * pace.passes) == 0 for pace in known)
+        assert all(batch % pace.micro_batches == 0 for pace in known)
+        assert all(pace.micro_batches in (pace.ranks * pace.passes, *range(1, pace.ranks)) for pace in known)
         assert {gauge.contestant for gauge in gauges.lock_step_entries(case)} == {LOCK_STEP}
 
 
@@ -73,21 +75,23 @@ def test_engines_are_measured_where_no_auxnet_hides_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("contestant", "ranks", "micro_batches", "passes"),
+    ("contestant", "ranks", "micro_batches", "size", "passes"),
     [
-        ("one-process", 1, 4, 4),
-        ("ddp", 2, 4, 4),
-        ("deepspeed-1f1b", 2, 8, 4),
-        ("dsaux-al", 2, 2, 1),
-        ("dsaux-al", 2, 1, 1),
-        ("torch-zbv", 4, 16, 4),
+        ("one-process", 1, 4, 32, 4),
+        ("ddp", 2, 4, 16, 4),
+        ("deepspeed-1f1b", 2, 8, 16, 4),
+        ("dsaux-al", 2, 2, 64, 1),
+        ("dsaux-al", 2, 1, 128, 1),
+        ("dsaux-al", 4, 2, 64, 1),
+        ("torch-zbv", 4, 16, 8, 4),
     ],
 )
 def test_a_gauge_has_the_size_of_the_entry_s_micro_batch_and_as_much_to_do(
-    contestant: str, ranks: int, micro_batches: int, passes: int
+    contestant: str, ranks: int, micro_batches: int, size: int, passes: int
 ) -> None:
     pace = gauges.pace_of(cases.Entry(contestant, ranks, (micro_batches,), threads=3), micro_batches)
-    assert pace == gauges.Pace(ranks, 3, passes)
+    assert (pace.ranks, pace.threads) == (ranks, 3)
+    assert (128 // pace.micro_batches, pace.passes) == (size, passes)
 
 
 # ---- hollow layers --------------------------------------------------------------------------------------------------
@@ -119,6 +123,27 @@ def test_hollow_layers_of_different_sizes_are_told_apart_when_layers_are_timed()
     specs = boundary_specs(list(small_work().layers), input_spec=small_work().input_spec)
     texts = {repr(layer.make()) for layer in gauges.hollow_work(small_work).layers}
     assert len(texts) == len(set(specs))
+
+
+def test_hollow_layers_can_use_up_processor_time() -> None:
+    work = small_work()
+    spin = [LayerTimes(0.001 * (index + 1), 0.002 * (index + 1)) for index in range(len(work.layers))]
+    spinning = gauges.hollow_work(small_work, spin=spin)
+    both = [boundary_specs(list(each.layers), input_spec=work.input_spec) for each in (work, spinning)]
+    assert [spec.shape for spec in both[0]] == [spec.shape for spec in both[1]]
+    model = spinning.build(0, len(spinning.layers))
+    samples = 4
+    seconds = []
+    x = torch.ones(samples, 3, 8, 8)
+    for run in (lambda: model(x), lambda: model(x).sum().backward()):
+        started = time.thread_time()
+        run()
+        seconds.append(time.thread_time() - started)
+    wanted = [samples * sum(its.forward_s for its in spin), samples * sum(its.total_s for its in spin)]
+    assert all(took >= least for took, least in zip(seconds, wanted, strict=True))
+    assert seconds[1] - seconds[0] >= 0.9 * (wanted[1] - wanted[0]), "backward as well"
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert len({repr(layer) for layer in model}) == len(spin), "told apart when layers are timed"
 
 
 def test_hollow_sleepers_stay_awake_and_compute_as_before() -> None:
