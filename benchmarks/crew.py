@@ -14,6 +14,7 @@ import gc
 import io
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -195,8 +196,7 @@ def preload() -> None:
 
 
 def _rank_main(connection: Any, team: Team, rank: int, port: int) -> None:
-    # A stopped process does not notice that nobody is left to wake it up.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_the_benchmark()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # libraries that print
             _serve(connection, team, rank, port)
@@ -205,6 +205,18 @@ def _rank_main(connection: Any, team: Team, rank: int, port: int) -> None:
             connection.send(traceback.format_exc())
     sys.stderr.flush()
     os._exit(0)  # threads of communication could keep or break the interpreter's own end
+
+
+def _end_with_the_benchmark() -> None:
+    """A stopped process does not notice that nobody is left to wake it up: the kernel ends it with its server.
+
+    The server ends when nobody holds the other end of a pipe, of which multiprocessing gives every process a copy, for
+    servers' processes that it might start in turn; ranks start none.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
 
 
 def _serve(connection: Any, team: Team, rank: int, port: int) -> None:

@@ -1,10 +1,12 @@
-"""The arithmetic of the benchmark against the peers: cases, lines of results, tables. One process starts, no rank."""
+"""The arithmetic of the benchmark against the peers: cases, lines of results, tables. Few processes start."""
 
 from __future__ import annotations
 
 import functools
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import seeds  # noqa: E402
 from contestants import CONTESTANTS, Seat  # noqa: E402
 from sleepers import Sleeper, SleepingLayer  # noqa: E402
 from work import NUM_BATCHES, model_work, sleeping_work  # noqa: E402
+
+from dsaux.watch_board import process_exists  # noqa: E402
 
 SUITES = ("sleep", "compute", "network")
 
@@ -169,6 +173,37 @@ def test_a_rank_that_fails_is_named_with_its_reason() -> None:
     team = crew.Team("one-process", 1, _fail)
     with crew.Crew(team) as one, pytest.raises(crew.CrewError, match=r"(?s)one-process, rank 0: .*no such work"):
         one.block(crew.Order(1, (0, 1), warmup=0, steps=1))
+
+
+KILLED = """
+import functools, sys, time
+sys.path[:0] = sys.argv[1:]
+import crew, work
+
+if __name__ == "__main__":
+    crew.preload()
+    team = crew.Team("lock-step", 2, functools.partial(work.model_work, "resnet8", image_size=8, global_batch=4))
+    with crew.Crew(team) as one:
+        one.block(crew.Order(2, (0, 1), warmup=0, steps=1))
+        print("ranks", *(process.pid for process in one._processes), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_ranks_that_wait_for_their_turn_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED, encoding="utf-8")
+    command = [sys.executable, str(script), str(ROOT / "benchmarks"), str(ROOT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout is not None
+        said = next(line.split() for line in benchmark.stdout if line.startswith("ranks"))
+        benchmark.kill()
+    ranks = [int(pid) for pid in said[1:]]
+    assert len(ranks) == 2
+    deadline = time.monotonic() + 20.0
+    while any(process_exists(pid) for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(process_exists(pid) for pid in ranks)
 
 
 # ---- lines and tables -----------------------------------------------------------------------------------------------
