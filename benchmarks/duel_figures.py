@@ -204,9 +204,9 @@ def gantt_figure() -> Figure:
 
 
 def _oversubscribed(rows: Sequence[Row]) -> str:
-    """What to add to the name of a case whose ranks outnumber the cores."""
+    """A second line for the name of a case whose ranks outnumber the cores."""
     cores = min(int(row["environment"]["cores"]) for row in rows)
-    return f" on {cores} cores" if max(int(row["ranks"]) for row in rows) > cores else ""
+    return f"\non {cores} cores" if max(int(row["ranks"]) for row in rows) > cores else ""
 
 
 def _bars(axes: Axes, rows: Sequence[Row], *, title: str, value: Callable[[Row], float] | None = None) -> None:
