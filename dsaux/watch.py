@@ -299,10 +299,10 @@ class Watch:
         One to blame that is silent is stopped, by a signal or a debugger.
         """
         is_alive = self._is_alive(seen.sign)
+        if seen.sign.is_done or is_alive is False:
+            return False
         is_heard = now - seen.heard_at <= SHORT_SILENCE_S
-        if is_alive is None or seen.sign.rank in cause.ranks:
-            return is_heard and is_alive is not False and not seen.sign.is_done
-        return is_alive and not seen.sign.is_done
+        return is_heard or (is_alive is True and seen.sign.rank not in cause.ranks)
 
     def _is_alive(self, sign: Sign) -> bool | None:
         is_here = self._own.machine and sign.machine == self._own.machine

@@ -13,8 +13,7 @@ class _LockStep:
 
     def __init__(self, work: Work, seat: Seat) -> None:
         self.work, self.steps = work, 0
-        self._share = [index for index in range(seat.micro_batches) if index % seat.ranks == seat.rank]
-        self._share = self._share or [seat.rank % seat.micro_batches]
+        self._share = range(seat.rank, seat.micro_batches, seat.ranks) or [seat.rank % seat.micro_batches]
         self._count = seat.micro_batches
         self.model = work.build(0, len(work.layers)).to(seat.device).train()
 
