@@ -136,7 +136,7 @@ def pass_in_lock_step(micro_batches: int) -> tuple[int, list[torch.Tensor]]:
     runner.model.register_forward_pre_hook(lambda model, inputs: samples.append(len(inputs[0])))
     for _ in range(STEPS):
         runner.step()
-    assert set(samples) == {work.global_batch // ranks // micro_batches}
+    assert set(samples) == {work.global_batch // micro_batches}
     return len(samples), [parameter.detach().clone() for parameter in runner.model.parameters()]
 
 
@@ -249,10 +249,13 @@ def test_every_pipeline_passes_hollow_layers_as_often_as_real_ones() -> None:
     }
 
 
-def test_a_lock_step_gauge_passes_its_share_of_the_batch_and_trains_nothing() -> None:
+@pytest.mark.parametrize(("micro_batches", "each"), [(1, 1), (4, 2)])
+def test_a_lock_step_gauge_passes_its_share_of_the_micro_batches_and_trains_nothing(
+    micro_batches: int, each: int
+) -> None:
     fresh = [parameter.detach() for parameter in convolutional(2).build(0, len(convolutional(2).layers)).parameters()]
-    for passes, weights in run_ranks(pass_in_lock_step, 2, 4):
-        assert passes == STEPS * 4
+    for passes, weights in run_ranks(pass_in_lock_step, 2, micro_batches):
+        assert passes == STEPS * each
         assert all(torch.equal(weight, start) for weight, start in zip(weights, fresh, strict=True))
 
 
