@@ -1,7 +1,8 @@
 """Starts gloo ranks on this machine for a test and brings back what each returned.
 
-Ranks are forked from a server process that has imported PyTorch and DeepSpeed once, so a test costs a second or
-two, not ten. A rank that fails ends the test at once, with its traceback; one that hangs ends it at the time limit.
+Ranks are forked from a server process that has imported PyTorch and DeepSpeed once, and what torch.optim imports at its
+first use, so a test costs a second, not ten. A rank that fails ends the test at once, with its traceback; one that
+hangs ends it at the time limit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from unittest.mock import patch
 
 from dsaux.rendezvous import free_port
 
-PRELOADED = ["torch", "deepspeed", "dsaux.engine", "dsaux.bootstrap"]
+PRELOADED = ["torch", "torch._dynamo", "deepspeed", "dsaux.engine", "dsaux.bootstrap"]
 TIME_LIMIT_S = 180.0
 
 
