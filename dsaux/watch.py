@@ -173,6 +173,7 @@ class Watch:
         if self._error is not None:
             return self._settle(self._error, cause, now=now)
         if self._own.is_done and self._may_leave():
+            self._sign_off()
             return True
         cause = cause or self._judge(now, silence_s=self._silence_s)
         if cause is not None:
@@ -255,8 +256,23 @@ class Watch:
     def _may_leave(self) -> bool:
         """Whether the others know that this rank has ended, and do not need its store any more."""
         if self._board is None:
-            return not self._was_connected or self._attempts >= STORE_ATTEMPTS
+            # Rank 0 has waited for this rank's last word, however late this one reads that of the others.
+            is_alone = 0 in self._seen and self._is_alive(self._seen[0].sign) is False
+            return is_alone or not self._was_connected or self._attempts >= STORE_ATTEMPTS
         return self._place.rank != 0 or all(seen.sign.is_done for seen in self._seen.values())
+
+    def _sign_off(self) -> None:
+        """Rank 0 stays, with the store, until the others have asked it for the last time."""
+        if self._board is None:
+            return
+        until = time.monotonic() + LINGER_S
+        with contextlib.suppress(RuntimeError, OSError):
+            if self._place.rank != 0:
+                self._board.count("closed", 1)
+                return
+            while self._board.count("closed", 0) < self._place.world_size - 1 and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(0.1)  # the last one's count is in the store before the answer to it is out
 
     def _leave(self, cause: Cause) -> None:
         if self._on_stop is not None:

@@ -239,3 +239,54 @@ def test_ranks_that_end_at_different_times_say_nothing(tmp_path: Path) -> None:
     codes, outputs = run_with_watch(tmp_path, 0, do_nothing)
     assert codes == [0, 0, 0]
     assert outputs == ["", "", ""]
+
+
+def test_a_rank_that_has_ended_does_not_miss_the_store_of_one_that_has(tmp_path: Path) -> None:
+    """Rank 0 reads that rank 1 has ended and goes, with the store, before rank 1 has read that of rank 0."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    port = free_port()
+    ranks = [context.Process(target=_end_main, args=(rank, port, str(tmp_path)), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    wait_until(lambda: not any(process.is_alive() for process in ranks), START_LIMIT_S)
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0], read_output(tmp_path / "1")
+    assert "error" not in read_output(tmp_path / "1")
+
+
+def _end_main(rank: int, port: int, folder: str) -> None:
+    os.dup2(os.open(f"{folder}/{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    import dsaux.watch
+    from dsaux.runtime import Place, run_and_exit, start_process_group
+    from dsaux.watch_board import Board, process_exists
+
+    class LateReader(Board):
+        """Loses its core between its last word and its last look at the others', until rank 0 is gone."""
+
+        def exchange(self, sign: Any, **others: Any) -> Any:
+            first = super().exchange(sign, **others)
+            if not sign.is_done:
+                return first
+            wait_until(lambda: not process_exists(int(Path(f"{folder}/pid").read_text())), START_LIMIT_S)
+            return super().exchange(sign, **others)
+
+    if rank == 0:
+        Path(f"{folder}/pid").write_text(str(os.getpid()))
+        dsaux.watch.LINGER_S = 1.0
+    else:
+        dsaux.watch.Board = LateReader  # type: ignore[misc]
+
+    def main() -> None:
+        with dsaux.watch.Watch(Place.from_environment(), timeout_s=60.0, period_s=PERIOD_S):
+            start_process_group(60.0)
+            torch.distributed.barrier()
+            threading.Event().wait(5 * PERIOD_S)
+
+    run_and_exit(main)
