@@ -23,7 +23,13 @@ from torch import Tensor
 
 from dsaux.models.auxnet import AuxNet
 from dsaux.objective import updated_variance
-from dsaux.optim_state import group_settings, load_group_settings, load_parameter_states, parameter_states
+from dsaux.optim_state import (
+    cycles_momentum,
+    group_settings,
+    load_group_settings,
+    load_parameter_states,
+    parameter_states,
+)
 from dsaux.transfers import WaitMeter
 from dsaux.wavefront import Tick
 
@@ -300,7 +306,7 @@ class AuxReplica:
         """
         self._restore_optimizer(state, renamed)
         if self.optimizer is not None and self.scheduler is not None and state["scheduler"] is not None:
-            load_group_settings(self.optimizer, state["groups"])
+            load_group_settings(self.optimizer, state["groups"], with_momentum=cycles_momentum(self.scheduler))
             self.scheduler.load_state_dict(state["scheduler"])
         for new, old in enumerate(boundaries):
             if old is not None:

@@ -43,7 +43,8 @@ def initialize(
         optimizer: optimizer of the stages, or a callable that makes it; overrides the config's.
         model_parameters: parameters to optimize; all of the stage's by default.
         training_data: data set for DeepSpeed's own loader; usually data comes with `train_batch(data_iter)`.
-        lr_scheduler: schedule of the stages, or a callable that makes one (the AuxNet gets one of its own then).
+        lr_scheduler: schedule of the stages, which leaves the AuxNet's rate as it is; or a callable that makes one (the
+            AuxNet gets one of its own then).
         config: DeepSpeed JSON file or dict with its `dsaux` block.
         kwargs: further arguments of `deepspeed.initialize`.
 

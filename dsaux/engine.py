@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
 from torch import Tensor, nn
@@ -31,7 +33,8 @@ from dsaux.engine_state import find_together, write_together
 from dsaux.greedy_step import GreedyStepEngine
 from dsaux.local_step import NO_DATA, WAVEFRONTS
 from dsaux.module import AuxPipelineModule
-from dsaux.optim import CosineTail, make_aux_optimizer
+from dsaux.optim import CosineTail, aux_schedule, make_aux_optimizer
+from dsaux.optim_state import cycles_momentum
 from dsaux.schedules import instructions
 from dsaux.schedules.lagrangian import LagrangianSchedule
 from dsaux.schedules.local import LAG as LOCAL_LAG
@@ -77,6 +80,8 @@ class AuxPipelineEngine(GreedyStepEngine):
             raise TypeError(f"model is {type(self.module).__name__}; dsaux.initialize needs a dsaux.AuxPipelineModule.")
         self._init_local_step(settings)
         self._aux_optimizer = aux_optimizer
+        # Asked now: behind the exact epochs' own schedule the momentum stays where this one had left it.
+        self.cycles_momentum = cycles_momentum(self.lr_scheduler)
         self.restored_notes: list[str] = []
         self.schedule_name = settings.pipeline.schedule
         has_boundaries = self.num_stages > 1
@@ -496,9 +501,26 @@ class AuxPipelineEngine(GreedyStepEngine):
         return make_aux_optimizer(parameters, *self._aux_optimizer)
 
     def _make_aux_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The stages' schedule for the AuxNet, which steps by the batches that enter; None leaves its rate as it is."""
         if self.client_lr_scheduler is None:
+            return self._aux_scheduler_from_config(optimizer)
+        if callable(self.client_lr_scheduler):
+            return self.client_lr_scheduler(optimizer)
+        if self.global_rank == 0:
+            logging.getLogger("dsaux").warning(
+                "lr_scheduler is a schedule of the stages' optimizer alone; the AuxNet's learning rate stays as it is."
+                " Give dsaux.initialize a callable that makes a schedule for an optimizer."
+            )
+        return None
+
+    def _aux_scheduler_from_config(self, optimizer: torch.optim.Optimizer) -> Any:
+        name = self.scheduler_name()
+        lr = (self.settings.aux.optimizer or {}).get("params", {}).get("lr")
+        if name is None or lr is None:
             return self._scheduler_from_config(optimizer)
-        return self.client_lr_scheduler(optimizer) if callable(self.client_lr_scheduler) else None
+        stage_lr = self.basic_optimizer.defaults["lr"]  # not the group's, which the schedule has moved by now
+        params = aux_schedule(name, self.scheduler_params(), lr=lr, stage_lr=stage_lr)
+        return getattr(lr_schedules, name)(optimizer, **params)
 
     # DeepSpeed dispatches by exact type through unbound functions: an overriding method must stand in the map again.
     _INSTRUCTION_MAP = {**GreedyStepEngine._INSTRUCTION_MAP, instructions.ForwardPass: _exec_forward_pass}

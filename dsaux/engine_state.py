@@ -140,7 +140,7 @@ def restore(engine: AuxPipelineEngine, found: FoundCheckpoint) -> tuple[dict[str
     source = engine.stage_id if is_same else leading
     stage = found.load(stage_file(source))
     if engine.lr_scheduler is not None and stage["scheduler"] is not None:
-        load_group_settings(_require_optimizer(engine), stage["groups"])
+        load_group_settings(_require_optimizer(engine), stage["groups"], with_momentum=engine.cycles_momentum)
         engine.lr_scheduler.load_state_dict(stage["scheduler"])
     engine.global_steps = stage["global_steps"]
     engine.global_samples = stage["global_samples"]

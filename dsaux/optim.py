@@ -1,4 +1,4 @@
-"""Optimizer of the AuxNet, the learning rate of exact last epochs, and which optimizers step in one kernel.
+"""Optimizer of the AuxNet and its learning rates, those of exact last epochs, and who steps in one kernel.
 
 Used by the engine. The stages' optimizer is DeepSpeed's affair: `dsaux.bootstrap` hands it the parameters. The AuxNet
 has one of its own, not partitioned by ZeRO (it is small) and with float32 weights whatever the stages use.
@@ -15,6 +15,10 @@ from torch import Tensor
 
 _FUSED = ("SGD", "Adam", "AdamW")
 """Optimizers of torch.optim that take all parameters of a group in a few kernels with `fused`."""
+_RATES = ("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr")
+"""Parameters of DeepSpeed's schedules that are learning rates, not ratios of one."""
+RANGE_TEST_LR = 1e-3
+"""Where DeepSpeed's LRRangeTest starts unless told otherwise."""
 
 
 def with_fused(name: str, params: Mapping[str, Any], *, device_type: str) -> dict[str, Any]:
@@ -62,6 +66,25 @@ def make_aux_optimizer(parameters: list[Tensor], name: str, params: Mapping[str,
     its = with_fused(name, params, device_type=parameters[0].device.type)
     optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, **its)
     return optimizer
+
+
+def aux_schedule(name: str, params: Mapping[str, Any], *, lr: float, stage_lr: float) -> dict[str, Any]:
+    """Parameters of DeepSpeed's schedule for an AuxNet whose optimizer has a learning rate of its own.
+
+    A schedule that names learning rates means the stages'. All of them are taken in one proportion, so that the rates
+    of AuxNet and stages are in that proportion in each step: the AuxNet's own rate is the top of its curve, as it is
+    under a schedule of ratios. LRRangeTest has no top; there the proportion is that of the two optimizers' rates.
+
+    Args:
+        name: type of the schedule.
+        params: its parameters, as configured.
+        lr: the AuxNet's own rate.
+        stage_lr: that of the stages' optimizer, which counts where the schedule names no highest rate.
+    """
+    top = params.get("warmup_max_lr") or params.get("cycle_max_lr") or stage_lr
+    start = {"lr_range_test_min_lr": RANGE_TEST_LR} if name == "LRRangeTest" else {}
+    rates = {key: lr * value / top for key, value in {**start, **params}.items() if key in _RATES and value}
+    return {**params, **rates}
 
 
 class CosineTail:

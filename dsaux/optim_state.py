@@ -114,10 +114,22 @@ def group_settings(optimizer: Any) -> list[dict[str, Any]]:
     ]
 
 
-def load_group_settings(optimizer: Any, groups: list[Mapping[str, Any]]) -> None:
-    """Restore the learning rate that a schedule had reached; all else is as the configuration says."""
+def cycles_momentum(scheduler: Any) -> bool:
+    """Whether a schedule moves the momentum beside the learning rate, as DeepSpeed's OneCycle does with Adam's."""
+    return bool(getattr(scheduler, "cycle_momentum", False))
+
+
+def load_group_settings(optimizer: Any, groups: list[Mapping[str, Any]], *, with_momentum: bool) -> None:
+    """Restore what a schedule had reached; all else is as the configuration says.
+
+    Args:
+        optimizer: the optimizer of the present configuration.
+        groups: what :func:`group_settings` gave.
+        with_momentum: the schedule moves the momentum as well (:func:`cycles_momentum`).
+    """
     for group, saved in zip(base_optimizer(optimizer).param_groups, groups, strict=False):
-        for key in ("lr", "initial_lr"):
+        moved = [key for key in ("betas", "momentum") if with_momentum and key in group]
+        for key in ("lr", "initial_lr", *moved):
             if key in saved:
                 group[key] = saved[key]
 

@@ -22,6 +22,13 @@ pytestmark = pytest.mark.multiprocess
 SAVED_AFTER, STEPS = 3, 7
 ADAM = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
 COSINE = {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 10, "warmup_num_steps": 2}}}
+CYCLE = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+    "scheduler": {
+        "type": "OneCycle",
+        "params": {"cycle_min_lr": 0.002, "cycle_max_lr": 0.02, "cycle_first_step_size": 4},
+    },
+}
 ZERO = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 BF16 = {"bf16": {"enabled": True}}
 SINGLE = torch.float32
@@ -36,6 +43,8 @@ CASES = {
     "al, bf16 on the way": Case((0, 2, 6), "al", dtype=SINGLE, changes={"dsaux": {"aux": {"transport": "bf16"}}}),
     "local, 2 stages, schedule": Case((0, 2, 6), "local", accumulation=2, changes=COSINE),
     "local, Adam": Case((0, 2, 6), "local", changes=ADAM),
+    "al, momentum in a cycle": Case((0, 2, 6), "al", changes=CYCLE),
+    "local, momentum in a cycle": Case((0, 2, 6), "local", changes=CYCLE),
     "local, bf16": Case((0, 2, 6), "local", dtype=SINGLE, changes=BF16),
     "local, 3 stages, 2 micro-batches": Case((0, 2, 4, 6), "local", accumulation=2),
     "local, 4 stages": Case((0, 1, 2, 4, 6), "local"),
@@ -48,6 +57,9 @@ CASES = {
     "1f1b, 2 replicas": Case((0, 2, 6), "1f1b", replicas=2, accumulation=2),
     "al, ZeRO-1": Case((0, 2, 6), "al", replicas=2, dtype=SINGLE, changes=ZERO),
     "penalty, ZeRO-1, Adam": Case((0, 2, 6), "penalty", replicas=2, dtype=SINGLE, changes={**ZERO, **ADAM}),
+    "penalty, ZeRO-1, momentum in a cycle": Case(
+        (0, 2, 6), "penalty", replicas=2, dtype=SINGLE, changes={**ZERO, **CYCLE}
+    ),
     "1f1b, ZeRO-1": Case((0, 2, 6), "1f1b", replicas=2, accumulation=2, dtype=SINGLE, changes=ZERO),
     "al, bf16, ZeRO-1": Case((0, 2, 6), "al", replicas=2, dtype=SINGLE, changes={**BF16, **ZERO}),
 }
@@ -107,9 +119,9 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any], what: str) -> None:
             assert np.array_equal(weight, other[part][key]), f"{what}: {key}"
 
 
-@pytest.mark.parametrize("schedule", ["al", "local"])
-def test_a_run_goes_on_in_the_middle_of_its_exact_tail(schedule: str, tmp_path: Path) -> None:
-    case = Case((0, 2, 6), schedule, steps=STEPS, changes=COSINE)
+@pytest.mark.parametrize(("schedule", "changes"), [("al", COSINE), ("local", COSINE), ("al", CYCLE)])
+def test_a_run_goes_on_in_the_middle_of_its_exact_tail(schedule: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    case = Case((0, 2, 6), schedule, steps=STEPS, changes=changes)
     for straight, resumed in run_ranks(stop_in_the_exact_tail, 2, case, str(tmp_path)):
         assert straight["losses"][-2:] == resumed.pop("losses")
         assert straight.pop("rates")[-2:] == resumed.pop("rates")
