@@ -407,6 +407,7 @@ class AuxPipelineEngine(GreedyStepEngine):
         content = {
             "step": self.entered_steps,
             "layout": engine_state.describe_layout(self),
+            "configured_schedule": self.settings.pipeline.schedule,
             "num_layers": int(self.module.parts[-1]),
             "is_drained": self.wavefront.is_empty,
             "deepspeed": deepspeed.__version__,
@@ -420,18 +421,25 @@ class AuxPipelineEngine(GreedyStepEngine):
         return True
 
     def load_checkpoint(
-        self, load_dir: str | Path, tag: str | None = None, *, found: FoundCheckpoint | None = None
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        *,
+        found: FoundCheckpoint | None = None,
+        keep_schedule: bool = False,
     ) -> tuple[str, dict[str, Any]]:
         """Restore a checkpoint; a collective call of all ranks. Batches under way are finished before.
 
         With the stages, bounds, replicas and micro-batches that it was written with, what follows is the same to the
         bit; then the next iterator of data must go on at the first batch that this rank has yet to read, number
-        `global_steps`. With others, layers and their optimizer state are dealt anew.
+        `global_steps`. With others, layers and their optimizer state are dealt anew. Where the run had gone over to exact
+        epochs, this engine does as well.
 
         Args:
             load_dir: folder of the checkpoints, or a run folder.
             tag: which one; by default the newest that is whole.
             found: a checkpoint that rank 0 has found already, the same on all ranks.
+            keep_schedule: stay under the present schedule, whatever the checkpoint was written under.
 
         Returns:
             Folder of the checkpoint and the caller's own state. `restored_notes` then says what could not be carried.
@@ -445,9 +453,8 @@ class AuxPipelineEngine(GreedyStepEngine):
             self.stage_graphs.drop()
         if found is None:
             found = find_together(Path(load_dir) / tag if tag is not None else Path(load_dir))
-        tail = found.content.get("exact_tail")
-        if found.content["layout"]["schedule"] == "1f1b" and self.is_local_schedule:
-            # The run had gone over to its exact epochs.
+        if self.is_local_schedule and not keep_schedule and engine_state.is_in_exact_epochs(found.content):
+            tail = found.content.get("exact_tail")
             self.use_exact_schedule(lr=tail and tail["lr"], num_steps=tail["num_steps"] if tail else 1)
         try:
             client_state, notes = engine_state.restore(self, found)

@@ -33,6 +33,7 @@ from dsaux.checkpoint import (
     write_file,
 )
 from dsaux.config_rules import ConfigError
+from dsaux.optim import CosineTail
 from dsaux.optim_state import group_settings, load_group_settings, load_parameter_states, parameter_states
 from dsaux.placement import REPLICAS_NEAR, placement_of
 
@@ -74,6 +75,17 @@ def describe_layout(engine: AuxPipelineEngine) -> dict[str, Any]:
     if engine.num_stages > 1 and engine.dp_world_size > 1:  # else there is one placement only
         layout["placement"] = placement_of(engine.module.topology())
     return layout
+
+
+def is_in_exact_epochs(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of a run that had gone over to exact back-propagation, and not of one under it throughout.
+
+    Args:
+        content: its manifest.
+    """
+    run = content.get("config", {})  # what versions before the entry wrote, where train.py did
+    configured = content.get("configured_schedule") or run.get("dsaux", {}).get("pipeline", {}).get("schedule")
+    return bool(content["layout"]["schedule"] == "1f1b" and configured != "1f1b")
 
 
 def collect(engine: AuxPipelineEngine, client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +153,9 @@ def restore(engine: AuxPipelineEngine, found: FoundCheckpoint) -> tuple[dict[str
     stage = found.load(stage_file(source))
     if engine.lr_scheduler is not None and stage["scheduler"] is not None:
         load_group_settings(_require_optimizer(engine), stage["groups"], with_momentum=engine.cycles_momentum)
-        engine.lr_scheduler.load_state_dict(stage["scheduler"])
+        _restore_scheduler(engine.lr_scheduler, stage["scheduler"], steps=stage["global_steps"])
+    if engine.aux.scheduler is not None and _aux_has_rested(engine, found):
+        _advance(engine.aux.scheduler, steps=stage["global_steps"])
     engine.global_steps = stage["global_steps"]
     engine.global_samples = stage["global_samples"]
     engine.skipped_steps = stage["skipped_steps"]
@@ -241,6 +255,8 @@ def _restore_aux(engine: AuxPipelineEngine, found: FoundCheckpoint) -> list[str]
         schedule = found.content["layout"]["schedule"]
         return [f"The checkpoint has no AuxNet (it was written under {schedule}): the AuxNet starts anew."]
     weights, state = found.load(AUX_MODEL_FILE), found.load(AUX_OPTIM_FILE)
+    if _aux_has_rested(engine, found):
+        state = {**state, "scheduler": None}
     before, now = content_bounds(found), [int(bound) for bound in engine.module.parts]
     # Segment i makes the variable of boundary now[i + 1] from that of boundary now[i].
     source = {segment: pair for pair, segment in enumerate(itertools.pairwise(before[:-1]))}
@@ -285,6 +301,32 @@ def _segment_fits(segment: nn.Module, weights: Mapping[str, Tensor], index: int)
     prefix = f"segments.{index}."
     saved = {name.removeprefix(prefix): tensor.shape for name, tensor in weights.items() if name.startswith(prefix)}
     return saved == {name: tensor.shape for name, tensor in segment.state_dict().items()}
+
+
+# ---- learning rates -------------------------------------------------------------------------------------------------
+
+
+def _restore_scheduler(scheduler: Any, state: Mapping[str, Any], *, steps: int) -> None:
+    """Put a schedule where the run was; rates and lengths are those of the present configuration."""
+    has_tail = "steps_done" in state
+    if isinstance(scheduler, CosineTail):
+        scheduler.load_state_dict({**scheduler.state_dict(), "steps_done": state["steps_done"] if has_tail else 0})
+    elif has_tail:  # the exact epochs that the checkpoint was in are none here, or have no rate of their own
+        _advance(scheduler, steps=steps)
+    else:
+        scheduler.load_state_dict(state)
+
+
+def _aux_has_rested(engine: AuxPipelineEngine, found: FoundCheckpoint) -> bool:
+    """Whether the AuxNet is trained now and was not when the checkpoint was written: its schedule has fallen behind."""
+    resting = ("1f1b", "local")
+    return found.content["layout"]["schedule"] in resting and engine.schedule_name not in resting
+
+
+def _advance(scheduler: Any, *, steps: int) -> None:
+    """Take a new schedule to where it is after so many steps."""
+    for _ in range(steps):
+        scheduler.step()
 
 
 # ---- one rank -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from dsaux.config import Config, ConfigError, Launch
 from dsaux.data import Dataset, test_batches
 from dsaux.display import RunDisplay
 from dsaux.engine import AuxPipelineEngine
-from dsaux.engine_state import load_network
+from dsaux.engine_state import is_in_exact_epochs, load_network
 from dsaux.evaluate import Evaluation, evaluate, reestimate_batchnorm
 from dsaux.metrics import (
     EvalStats,
@@ -156,8 +156,14 @@ class Trainer:
     def resume(self, found: FoundCheckpoint) -> None:
         """Go on from a checkpoint, the same on all ranks; before :meth:`fit`."""
         self.watch.progress(step=found.step, activity="loading a checkpoint")
+        was_exact = is_in_exact_epochs(found.content)
+        is_exact = self.exact_from is not None and found.step >= self.exact_from
+        if was_exact and is_exact and self.engine.is_local_schedule:
+            done = (found.content.get("exact_tail") or {}).get("steps_done", 0)
+            num_steps = self.total_steps - (found.step - done)
+            self.engine.use_exact_schedule(lr=self.settings.run.exact_lr, num_steps=num_steps)
         try:
-            _, state = self.engine.load_checkpoint(found.path, found=found)
+            _, state = self.engine.load_checkpoint(found.path, found=found, keep_schedule=True)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
         mine = state.get("trainer", {})
@@ -172,8 +178,14 @@ class Trainer:
         if found.content["layout"]["schedule"] != self.engine.schedule_name:  # figures of another method
             self.mismatch, self.adjoint = (), ()
         notes = [*self.engine.restored_notes, *changes_since(found.content, self.config)]
+        if was_exact and self.engine.is_local_schedule:
+            notes.append(
+                f"The checkpoint lies in exact epochs; those of this run come later, or not at all: it goes on under "
+                f"{self.engine.schedule_name}."
+            )
         # This rank's next batch, where batches were under way; else the stream is set with the step.
         self.stream.seek(self.engine.global_steps * self.launch.gradient_accumulation_steps)
+        self.engine.set_dataiterator(self.stream)  # an evaluation may have to finish them before the first step
         if self.folder and self.display:
             self.folder.event("resumed", step=self.step, checkpoint=str(found.path), notes=notes)
             self.display.message(f"resumed from step {self.step} of {self.total_steps}: {found.path}")

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,14 @@ def end_with_children(pid: int | None) -> None:
         os.killpg(pid, signal.SIGKILL)  # the run leads a session of its own
 
 
-def train(folder: str, arguments: tuple[str, ...], limit_s: float) -> None:
-    """The run, in its own process: train.py as a user starts it without a launcher.
+def train(folder: str, arguments: tuple[str, ...], limit_s: float, launcher: Mapping[str, str] | None = None) -> None:
+    """The run, in its own process: train.py as a user starts it without a launcher, or one rank of it.
 
     Args:
         folder: where it runs, and where its output goes.
         arguments: of train.py.
         limit_s: where it stands is printed two seconds before.
+        launcher: what a launcher would set for this rank; None for a start without one.
     """
     os.setsid()
     os.chdir(folder)
@@ -120,7 +121,7 @@ def train(folder: str, arguments: tuple[str, ...], limit_s: float) -> None:
     for name in list(os.environ):
         if LAUNCHERS.fullmatch(name):
             del os.environ[name]
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    os.environ.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(launcher or {})})
     # The torch loader's workers come from a server of this run's own, as in real life, and end with it.
     multiprocessing.forkserver._forkserver = multiprocessing.forkserver.ForkServer()
     sys.path.insert(0, str(ROOT))
