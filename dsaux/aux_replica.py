@@ -204,6 +204,16 @@ class AuxReplica:
         """Add this rank's flags, shape (1 + K,)."""
         self._filled.flags += flags
 
+    @property
+    def own_gradients(self) -> Tensor:
+        """What this rank adds to the AuxNet's gradients in the present tick; one dimension."""
+        return self._filled.gradients
+
+    @property
+    def newest_flags(self) -> Tensor:
+        """Flags of the sum that was started last: summed behind :meth:`settle`, over R once it is finished."""
+        return self._summed.flags
+
     def start_sum(self, tick: Tick) -> None:
         """Start the all-reduce over all ranks; pairs with :meth:`finish_sum`, which waits for it.
 

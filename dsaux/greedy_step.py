@@ -47,6 +47,8 @@ class GreedyStepEngine(LocalStepEngine):
         DeepSpeedEngine.backward(self, self.loss)
         for key in ("stage_inputs", "outputs", "inputs", "labels"):
             self.pipe_buffers[key][buffer_id] = None
+        if self.is_last_micro_batch:
+            self._note_gradients()
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 

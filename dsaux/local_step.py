@@ -20,7 +20,7 @@ from dsaux.aux_replica import AuxReplica, TickReport
 from dsaux.config import DsauxConfig
 from dsaux.data.guard import BatchGuard, batch_digest
 from dsaux.schedules import instructions
-from dsaux.step_guard import StepGuardEngine
+from dsaux.step_guard import AUX_GRADIENT, StepGuardEngine
 from dsaux.transfers import VariableReceiver, VariableSender, WaitMeter
 from dsaux.wavefront import Tick
 
@@ -53,7 +53,6 @@ class LocalStepEngine(StepGuardEngine):
 
     data_iterator: Any
     settings: DsauxConfig
-    schedule_name: str
     aux: AuxReplica
     aside: SegmentAside | None
     wait_meter: WaitMeter
@@ -254,7 +253,14 @@ class LocalStepEngine(StepGuardEngine):
             torch.autograd.backward(taps, forces)
         for key in ("variables", "stage_inputs", "sources", "outputs", "inputs", "labels"):
             self.pipe_buffers[key][buffer_id] = None
+        if self.is_last_micro_batch:
+            self._note_gradients()
         self._stop_timer(AUX_BACKWARD_TIMER)
+
+    def _note_gradients(self) -> None:
+        super()._note_gradients()
+        if self.is_local_schedule and self.aux.net is not None:
+            self._note_unless_finite([self.aux.own_gradients], AUX_GRADIENT)
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -326,12 +332,18 @@ class LocalStepEngine(StepGuardEngine):
         if any(self._guard.is_due(step) for step in report.tick.steps):
             self._guard.add(report.tick.steps, report.digests.tolist())
 
+    def _flags_under_way(self) -> Tensor:
+        if not self.is_local_schedule:
+            return super()._flags_under_way()
+        self.aux.settle()
+        return self.aux.newest_flags
+
     # ---- parts ------------------------------------------------------------------------------------------------------
 
     @property
-    def is_local_schedule(self) -> bool:
-        """True while stages train on local losses, False under 1f1b."""
-        return self.schedule_name != "1f1b"
+    def is_last_micro_batch(self) -> bool:
+        """Whether the micro-batch under way is the last one of the tick."""
+        return bool(self._micro_batch == self.micro_batches - 1)
 
     def guard_state(self) -> dict[int, dict[int, int]]:
         """Digests of batches under way, for a checkpoint."""

@@ -6,12 +6,15 @@ benchmarks read `metrics.jsonl` alone: one JSON object a line, "event" and "time
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +171,11 @@ class RunFolder:
         self.path = path
         self._clock = clock
         self._start = clock()
+        self._append: Callable[[str], object] = partial(_append_line, path / METRICS_FILE)
+
+    def go_on_when_full(self, tell: Callable[[str], None]) -> None:
+        """From now on leave events out that the disk does not take (:func:`skip_when_full`)."""
+        self._append = skip_when_full(self._append, what=str(self.path / METRICS_FILE), tell=tell)
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append one line to metrics.jsonl; other processes can read it when this returns.
@@ -178,10 +186,10 @@ class RunFolder:
 
         Raises:
             TypeError: for a value that JSON cannot hold.
+            OSError: if the file cannot be written, before :meth:`go_on_when_full`.
         """
         line = {"event": kind, "time_s": round(self._clock() - self._start, 6), **fields}
-        with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(_json(line) + "\n")
+        self._append(_json(line))
 
     def write_config(self, document: Mapping[str, Any]) -> None:
         """Write the effective configuration to config.json."""
@@ -192,7 +200,16 @@ class RunFolder:
         self._write(ENVIRONMENT_FILE, document)
 
     def _write(self, name: str, document: Mapping[str, Any]) -> None:
-        (self.path / name).write_text(_json(document, indent=2) + "\n", encoding="utf-8")
+        """Write a file that is whole whenever it is there: other ranks read it, and a run may be killed at any time."""
+        growing = self.path / f".{name}.partial"
+        try:
+            with growing.open("w", encoding="utf-8") as file:
+                file.write(_json(document, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(growing, self.path / name)
+        finally:
+            growing.unlink(missing_ok=True)
 
 
 def create_run_folder(run_dir: Path | None, name: str) -> RunFolder:
@@ -247,6 +264,29 @@ def open_run_folder(path: Path) -> RunFolder:
     except OSError as error:
         raise _not_writable(path, error) from error
     return RunFolder(path)
+
+
+def skip_when_full(write: Callable[..., object], *, what: str, tell: Callable[[str], None]) -> Callable[..., None]:
+    """A writer of figures that leaves out what the disk does not take: training is worth more.
+
+    Args:
+        write: raises OSError where the disk is full.
+        what: name of what it writes.
+        tell: is given a sentence the first time that it fails.
+    """
+    is_told = False
+
+    def write_or_skip(*args: Any, **kwargs: Any) -> None:
+        nonlocal is_told
+        try:
+            write(*args, **kwargs)
+        except OSError as error:
+            if not is_told:
+                reason = error.strerror or error
+                tell(f"{what} cannot be written: {reason}. Training goes on; figures are left out until there is room.")
+            is_told = True
+
+    return write_or_skip
 
 
 class ThroughputMeter:
@@ -346,6 +386,23 @@ class MismatchAlarm:
             " is evaluated differs from the one that its stages are trained on. Raise dsaux.aux.beta, or"
             " use a deeper or wider AuxNet (dsaux.aux.depth, dsaux.aux.width)."
         )
+
+
+def _append_line(path: Path, text: str) -> None:
+    """Append a whole line, or nothing where there is no room; behind half a line, of a killed run, it begins anew."""
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end > 0:
+            file.seek(end - 1)
+        is_whole = end == 0 or file.read(1) == b"\n"
+        rest = (b"" if is_whole else b"\n") + f"{text}\n".encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def _claim(path: Path) -> bool:

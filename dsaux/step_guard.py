@@ -1,10 +1,12 @@
 """What all ranks must agree on in a step: to stop behind it, or to leave it out. Base of the engine.
 
-A signal reaches the ranks at different moments, and a loss that is no number is seen by one stage alone. Both travel
-as flags: under a local schedule in the AuxNet's sum, which is sent anyway, under 1f1b in a message of their own that
-nobody waits for before the next step. Every rank therefore knows of them in the same step.
+A signal reaches the ranks at different moments, and a loss or a gradient that is no number is seen by one stage alone.
+Both travel as flags: under a local schedule in the AuxNet's sum, which is sent anyway, under 1f1b in a message of their
+own that nobody waits for before the next step. Every rank therefore knows of them in the same step.
 
-    [ stop wanted | fault of stage 0 | .. | fault of stage K-1 ]        counts over all ranks
+    [ stop wanted | fault of stage 0 | .. | fault of stage K-1 ]        sums over all ranks
+
+A rank looks for faults without waiting for its device, under a local schedule within the graph of a tick.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from dsaux.watch_rules import DivergedError
 MOST_SKIPS_IN_A_ROW = 10
 """A run that skips more batches than this, one behind the other, has lost its weights: it stops."""
 _GPU_DELAY = 2
+LOSS, GRADIENT, AUX_GRADIENT = 1.0, 2.0**-12, 2.0**-24
+"""What a fault counts: of the worst kind alone, so that the sum over up to 4095 replicas says which that was."""
 
 
 class LateReader:
@@ -66,10 +70,12 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
 
     Attributes:
         stop_is_agreed: some rank has called :meth:`request_stop`, and all ranks know it; set behind the same step.
-        stage_faults: for each stage how many ranks saw something that is no number, in the last step; shape (K,).
+        stage_faults: for each stage how often its ranks saw a loss that is no number, in the last step; between 0 and 1
+            where it was a gradient alone; shape (K,).
         is_skipped: whether the last step was left out.
     """
 
+    schedule_name: str
     stop_is_agreed: bool
     stage_faults: Tensor
     is_skipped: bool
@@ -83,6 +89,7 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
         self._flag_work: tuple[Any, Tensor] | None = None
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self.stage_faults = torch.zeros(self.num_stages, device=self.device)
+        self._first_faults = torch.zeros(self.num_stages, device=self.device)
 
     def request_stop(self) -> None:
         """Ask all ranks to stop: `stop_is_agreed` turns true on each of them behind the same step.
@@ -90,6 +97,11 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
         Safe to call from a signal handler.
         """
         self._stop_is_wanted = True
+
+    @property
+    def is_local_schedule(self) -> bool:
+        """True while stages train on local losses, False under 1f1b."""
+        return self.schedule_name != "1f1b"
 
     # ---- flags ------------------------------------------------------------------------------------------------------
 
@@ -103,10 +115,25 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
     def _note_loss(self, loss: Tensor) -> None:
         self._fault += ~torch.isfinite(loss.detach())
 
+    def _note_gradients(self) -> None:
+        """Note whether all gradients of this rank are finite, behind the last backward pass of a step."""
+        held = getattr(self.optimizer, "fp32_groups_gradients_flat", ())  # of bf16 weights: the sums of their gradients
+        self._note_unless_finite(list(held or self._gradients()), GRADIENT)
+
+    def _note_unless_finite(self, gradients: list[Tensor], kind: float) -> None:
+        if gradients:
+            largest = torch.nn.utils.get_total_norm(gradients, torch.inf)
+            torch.maximum(self._fault, ~torch.isfinite(largest) * kind, out=self._fault)
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """Gradients of this stage, wherever the optimizer keeps them."""
+        yield from getattr(self.optimizer, "fp32_groups_gradients_flat", ())
+        for parameter in self.module.parameters():
+            held = (parameter.grad, getattr(parameter, "grad_accum", None))  # ZeRO's, in another precision
+            yield from (gradient for gradient in held if gradient is not None)
+
     def _own_flags(self) -> Tensor:
         """This rank's part of the flags, shape (1 + K,)."""
-        if self._skips:
-            self._note_gradients()
         flags = torch.zeros(1 + self.num_stages, device=self.device)
         if self._stop_is_wanted:
             flags[0] = 1
@@ -116,6 +143,7 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
     def _take_flags(self, flags: Tensor) -> None:
         """Take the sum of all ranks' flags."""
         self.stage_faults = flags[1:]
+        self._first_faults += self.stage_faults * (self._first_faults.amax() == 0)
         self._stop_reader.put(flags[0])
         self.stop_is_agreed = self.stop_is_agreed or self._stop_reader.get() > 0
 
@@ -138,25 +166,37 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
             work.wait()
             self._flag_work = None, flags
 
+    def _flags_under_way(self) -> Tensor:
+        """Wait for the flags of the last step, where the next one would take them, and leave them there."""
+        self._settle_flags()
+        return torch.zeros(1 + self.num_stages, device=self.device) if self._flag_work is None else self._flag_work[1]
+
+    def find_fault(self, *, wait: bool) -> str | None:
+        """What was the first to be no finite number, and at which stage; None while all are.
+
+        The same on all ranks. It waits for the device.
+
+        Args:
+            wait: look at the last step also where its flags are still under way: under 1f1b, and with
+                `dsaux.aux.overlap`. Then all ranks must ask.
+        """
+        faults = self._first_faults
+        if wait:
+            faults = torch.where(faults.amax() > 0, faults, self._flags_under_way()[1:])
+        found: list[float] = faults.tolist()
+        for kind, what in ((LOSS, "the loss"), (GRADIENT, "a gradient"), (AUX_GRADIENT, "a gradient of the AuxNet")):
+            stages = [stage for stage, fault in enumerate(found) if fault >= kind]
+            if stages:  # under 1f1b a gradient hands it on to the stages before
+                return f"{what} at stage {stages[0] if kind == LOSS else stages[-1]}"
+        return None
+
     def _has_peers(self) -> bool:
         return int(dist.get_world_size()) > 1
 
     # ---- skipping ---------------------------------------------------------------------------------------------------
 
-    def _note_gradients(self) -> None:
-        gradients = list(self._gradients())
-        if gradients:
-            norms = torch._foreach_norm(gradients)
-            self._fault += ~torch.isfinite(torch.stack([norm.float() for norm in norms])).all()
-
-    def _gradients(self) -> Iterator[Tensor]:
-        """Gradients of this stage, wherever the optimizer keeps them."""
-        yield from getattr(self.optimizer, "fp32_groups_gradients_flat", ())
-        yield from (parameter.grad for parameter in self.module.parameters() if parameter.grad is not None)
-
     def _must_skip(self) -> bool:
         """Whether the present step is to be left out on this rank; under 1f1b a collective of all ranks."""
-        self._note_gradients()
         faults = self._fault.clone()
         if self._has_peers():
             dist.all_reduce(faults, group=self.module.world_group)
@@ -164,6 +204,8 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
 
     def _exec_reduce_grads(self) -> None:
         """DeepSpeed's; a step that is left out has no gradients to reduce."""
+        if not self.is_local_schedule:
+            self._note_gradients()
         self.is_skipped = self._skips and self._must_skip()
         if self.is_skipped:
             for gradient in self._gradients():

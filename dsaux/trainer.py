@@ -30,6 +30,7 @@ from dsaux.metrics import (
     RunFolder,
     StepStats,
     ThroughputMeter,
+    skip_when_full,
 )
 from dsaux.partition import Partition
 from dsaux.profile_run import StepProfiler
@@ -121,6 +122,10 @@ class Trainer:
             Stopped: if a signal asked for it; the run is saved and can go on.
         """
         started = time.perf_counter() - self.trained_s
+        if self.folder and self.display:
+            self.folder.go_on_when_full(self.display.warning)
+            monitor, tell = self.engine.monitor, self.display.warning
+            monitor.write_events = skip_when_full(monitor.write_events, what="what DeepSpeed monitors", tell=tell)
         for text in self.config.settings_without_effect():
             self._warn(text)
         digest = getattr(self.dataset, "digest", None)
@@ -277,8 +282,9 @@ class Trainer:
         if self.profile.is_due:
             self._write_profile()
         log_is_due = self.step % self.settings.run.log_every == 0 or self.step == self.total_steps
+        overlaps = self.settings.aux.overlap  # then the flags of this step are under way, and a wait for them costs
         if log_is_due or self.engine.device.type == "cpu":
-            self._check_finite()
+            self._check_finite(wait=log_is_due or not overlaps)
         if log_is_due:
             self._log(self.loss)
 
@@ -303,15 +309,18 @@ class Trainer:
             rate = "the present learning rate" if lr is None else f"learning rate {lr:g}"
             self.display.message(f"exact back-propagation (1f1b) from step {self.step} on, with {rate}")
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, *, wait: bool) -> None:
+        """Stop where a loss or a gradient was no number, on all ranks; `wait` as in the engine's `find_fault`."""
         if self.settings.run.nan == "skip":
             return
-        faulty = self.engine.stage_faults.nonzero().flatten().tolist()
-        is_bad = self.engine.loss_is_known and not bool(torch.isfinite(self.loss))
-        if faulty or is_bad:
-            where = f", at stage {faulty[0]}," if faulty and not is_bad else ""
-            value = "not a finite number" if where else str(self.loss.item())
-            raise DivergedError(f"the loss{where} is {value} in step {self.step}. {_MEND}")
+        fault = self.engine.find_fault(wait=wait)
+        if fault is not None:
+            is_late = self.engine.device.type != "cpu" or self.settings.aux.overlap
+            when = f"in step {self.step}{' or before it' if is_late else ''}"
+            hint = "A root or a logarithm of 0 can be the reason. " if "gradient" in fault else ""
+            raise DivergedError(f"{fault} is not a finite number {when}. {hint}{_MEND}")
+        if self.engine.loss_is_known and not bool(torch.isfinite(self.loss)):
+            raise DivergedError(f"the loss is {self.loss.item()} in step {self.step}. {_MEND}")
 
     def _report_divergence(self, test_loss: float) -> None:
         """A network that trains may yet score beyond all numbers: its last step was too large."""
@@ -423,7 +432,7 @@ class Trainer:
         if self.saved_at == self.step and is_evaluated in (self.saved_is_evaluated, False):
             return self.checkpoints / _tag(self.step)
         if self.step > 0 and hasattr(self, "loss"):
-            self._check_finite()  # on a GPU the loss is not looked at in every step
+            self._check_finite(wait=True)  # on a GPU nothing is looked at in every step
         self.watch.progress(activity="saving a checkpoint")
         self.profile.interrupt()
         self.meter.pause()

@@ -1,4 +1,4 @@
-"""A loss that is no finite number: the batch is left out on all ranks, or the ranks know which stage it was."""
+"""A loss or a gradient that is no finite number: the batch is left out on all ranks, or all know which stage it was."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+from dsaux.engine import AuxPipelineEngine
+from dsaux.stage_graph import WARMUP_TICKS, StageGraphs
 from dsaux.step_guard import MOST_SKIPS_IN_A_ROW, LateReader
+from tests.fake_capture import FakeCapture
 from tests.ranks import run_ranks
 from tests.small_engine import Case, build, weights
 
@@ -111,6 +115,157 @@ def faults_by_step(case: Case) -> list[list[float]]:
         engine.train_batch(data)
         found.append(engine.stage_faults.tolist())
     return found
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------
+
+
+OVERLAP = {"dsaux": {"aux": {"overlap": True}}}
+IN_BF16_SUMS = {"data_types": {"grad_accum_dtype": "bf16"}}
+BAD_GRADIENTS = {
+    "penalty": Case((0, 2, 6), "penalty", accumulation=2),
+    "penalty, K=1": Case((0, 6), "penalty"),
+    "penalty, bf16": Case((0, 2, 6), "penalty", dtype=SINGLE, accumulation=2, changes=BF16),
+    "penalty, ZeRO-1": Case((0, 2, 6), "penalty", dtype=SINGLE, changes=ZERO),
+    "penalty, ZeRO-1, sums in another precision": Case(
+        (0, 2, 6), "penalty", dtype=SINGLE, changes={**ZERO, **IN_BF16_SUMS}
+    ),
+    "penalty, ZeRO-1, bf16 sums": Case((0, 2, 6), "penalty", dtype=SINGLE, changes={**ZERO, **BF16, **IN_BF16_SUMS}),
+    "al": Case((0, 2, 6), "al"),
+    "al with overlap": Case((0, 2, 6), "al", changes=OVERLAP),
+    "local": Case((0, 2, 6), "local", accumulation=2),
+    "1f1b": Case((0, 2, 6), "1f1b", accumulation=2),
+    "al, 2 replicas": Case((0, 2, 6), "al", replicas=2),
+    "1f1b, 2 replicas": Case((0, 2, 6), "1f1b", replicas=2),
+    "penalty, bf16, ZeRO-1, 2 replicas": Case((0, 2, 6), replicas=2, dtype=SINGLE, changes={**BF16, **ZERO}),
+}
+
+
+class RootLayer(nn.Module):
+    """A first layer with the mean root of its weighted input: finite, but where a pixel is 0 its gradient is not."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = next(self.layer.parameters()).flatten()[0]
+        made: Tensor = self.layer(x)
+        return made + (weight * x).abs().sqrt().mean()
+
+
+def with_root(case: Case) -> AuxPipelineEngine:
+    engine = build(case)
+    if engine.stage_id == 0:
+        engine.module.forward_funcs[0] = RootLayer(engine.module.forward_funcs[0])
+    return engine
+
+
+def black_pixel(case: Case, replica: int, bad: int) -> list[Any]:
+    """Micro-batches of which one of the last replica has a pixel that is 0."""
+    found = case.replica_batches(replica)
+    if replica == case.replicas - 1:
+        found[bad * case.accumulation][0][0, 0, 0, 0] = 0.0
+    return found
+
+
+def first_faults(cases: dict[str, Case], bad: int, graphed: bool) -> dict[str, tuple[list[float], list[str | None]]]:
+    """Losses and the fault that is known behind each step up to the bad one, and the K-1 after it under al."""
+    found = {}
+    for name, case in cases.items():
+        engine = with_root(case)
+        if graphed:
+            engine.stage_graphs = StageGraphs(engine, FakeCapture())
+        data = iter(black_pixel(case, engine.grid.get_data_parallel_rank(), bad))
+        losses, faults = [], []
+        for _ in range(bad + 1 + (case.schedule == "al")):
+            losses.append(float(engine.train_batch(data)))
+            faults.append(engine.find_fault(wait=True))
+        found[name] = losses, faults
+        if graphed:
+            assert len(engine.stage_graphs.graphs) == 1, name
+    return found
+
+
+def assert_found(rank: dict[str, tuple[list[float], list[str | None]]]) -> None:
+    for name, (losses, faults) in rank.items():
+        assert faults == [None] * (len(faults) - 1) + ["a gradient at stage 0"], name
+        if not name.startswith("local"):  # there no batch has come to the last stage in the first step
+            assert np.isfinite(losses).all(), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_all_ranks_know_a_gradient_that_is_no_number_behind_the_same_step(world_size: int) -> None:
+    cases = {name: replace(case, steps=STEPS) for name, case in BAD_GRADIENTS.items() if case.world_size == world_size}
+    for rank in run_ranks(first_faults, world_size, cases, BAD_STEP, False):
+        assert_found(rank)
+
+
+def test_a_gradient_that_is_no_number_is_seen_in_a_replay() -> None:
+    graphs = {"dsaux": {"run": {"cuda_graphs": True}}}
+    bad = WARMUP_TICKS + 3
+    cases = {
+        name: replace(BAD_GRADIENTS[name], steps=bad + 2, changes={**BAD_GRADIENTS[name].changes, **graphs})
+        for name in ("penalty", "penalty, bf16", "al", "local")
+    }
+    for rank in run_ranks(first_faults, 2, cases, bad, True):
+        assert_found(rank)
+
+
+class BadGradient:
+    """Forward hook: in one call the gradient of the output is no number on its way back."""
+
+    def __init__(self, bad_call: int) -> None:
+        self.calls, self.bad_call = 0, bad_call
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self.calls == self.bad_call:
+            output.register_hook(lambda gradient: gradient * float("nan"))
+        self.calls += 1
+
+
+def train_with_bad_aux_net(case: Case, *, bad: bool) -> dict[str, Any]:
+    """Weights behind all steps, one of which has a gradient in the AuxNet of the last stage alone that is no number."""
+    engine = build(case)
+    if bad and engine.is_last_stage():
+        assert engine.aux.net is not None
+        engine.aux.net.segments[0].register_forward_hook(BadGradient(BAD_STEP))
+    batches = case.replica_batches(0)
+    for images, labels in batches if bad else batches[:BAD_STEP] + batches[BAD_STEP + 1 :]:
+        engine.train_batch(iter([(images, labels)]))
+    engine.drain()
+    return {**weights(engine), "skipped": engine.skipped_steps}
+
+
+def with_and_without_bad_aux_net(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same with the bad step and without its batch."""
+    return train_with_bad_aux_net(case, bad=True), train_with_bad_aux_net(case, bad=False)
+
+
+def test_a_batch_with_a_bad_gradient_of_the_aux_net_is_skipped_without_a_trace() -> None:
+    case = Case((0, 2, 6), "penalty", steps=STEPS, changes=SKIP)
+    for with_bad, without in run_ranks(with_and_without_bad_aux_net, 2, case):
+        assert (with_bad["skipped"], without["skipped"]) == (1, 0)
+        for part in ("stage", "aux"):
+            for key, value in with_bad[part].items():
+                assert np.array_equal(value, without[part][key]), key
+
+
+def test_under_al_the_aux_net_rests_and_its_stage_skips_where_a_gradient_of_it_is_no_number() -> None:
+    case = Case((0, 2, 6), "al", steps=STEPS, changes=SKIP)
+    first, last = run_ranks(train_with_bad_aux_net_at_last, 2, case)
+    assert (first["skipped"], last["skipped"]) == (0, 1)
+    for rank in (first, last):
+        for part in ("stage", "aux"):
+            assert all(np.isfinite(value).all() for value in rank[part].values())
+
+
+def train_with_bad_aux_net_at_last(case: Case) -> dict[str, Any]:
+    """With the bad step."""
+    return train_with_bad_aux_net(case, bad=True)
+
+
+# ---- ends and stops ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["penalty", "al", "local", "1f1b"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +112,74 @@ def test_config_and_environment_are_written_indented_and_read_back_equal(tmp_pat
     assert json.loads(text) == document
     assert '\n  "dsaux": {\n' in text
     assert json.loads((tmp_path / "environment.json").read_text()) == {"host": "node1"}
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_config({"lr": 0.1})
+    with largest_file(2), pytest.raises(OSError, match="File too large"):
+        folder.write_config({"lr": 0.2})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.1}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_who_reads_the_configuration_meanwhile_finds_a_whole_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_config({"lr": 0.1})
+    with (tmp_path / "config.json").open() as reader:
+        folder.write_config({"lr": 0.2})
+        assert json.load(reader) == {"lr": 0.1}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.2}
+
+
+# ---- full disks ----
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Within the block no file grows beyond so many bytes, as on a disk that is nearly full."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
+
+def test_an_event_that_cannot_be_written_is_an_error_before_training(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        RunFolder(tmp_path).event("stages")
+
+
+def test_a_run_that_trains_is_told_once_of_a_full_disk_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    folder, told = RunFolder(tmp_path), list[str]()
+    folder.go_on_when_full(told.append)
+    for step in range(3):
+        folder.event("step", step=step)
+    assert len(told) == 1
+    assert "metrics.jsonl cannot be written: No space left on device" in told[0]
+
+
+def test_events_go_on_behind_whole_lines_when_there_is_room_again(tmp_path: Path) -> None:
+    folder, told = RunFolder(tmp_path), list[str]()
+    folder.go_on_when_full(told.append)
+    folder.event("step", step=0)
+    with largest_file((tmp_path / "metrics.jsonl").stat().st_size + 5):
+        folder.event("step", step=1)
+        folder.event("step", step=2)
+    folder.event("step", step=3)
+    assert [event["step"] for event in events(tmp_path)] == [0, 3]
+    assert len(told) == 1
+
+
+def test_an_event_begins_a_line_where_a_run_that_was_killed_left_half_of_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "ste')
+    open_run_folder(tmp_path).event("resumed", step=3)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[1])["step"] == 3
 
 
 # ---- folders ----
