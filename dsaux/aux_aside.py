@@ -4,10 +4,20 @@ Of the segments T_1 .. T_(k+1) that stage k evaluates, T_1 .. T_k make its input
 gradient. T_(k+1) makes the target alone, and needs of the stage nothing but X_(k+1). It has a stream of its own:
 
     main  | T_1 .. T_k | F_k forward     | loss | F_k backward     | T_k .. T_1 backward
-    side               | T_(k+1) forward        | T_(k+1) backward |
+    side               | T_(k+1) forward |      | T_(k+1) backward |
+                       <                 >      <                  >
 
-Two joins, behind the two passes of the stage: nothing is under way on the side stream where a CUDA graph may end. On a
-CPU the order is the same without streams.
+A pass of T_(k+1) is started (<) and awaited (>) beside a pass of the stage, between two communications of the tick: a
+CUDA graph, which may begin and end where one stands (:), holds both ends of what it starts. For each micro-batch
+
+    penalty  : AuxForward   LocalForward   PenaltyLoss     LocalBackward                     AuxBackward :
+                         <             >                 <              >
+    al       : AuxForward   LocalForward : LagrangianLoss : LocalBackward : RefreshVariable : AuxBackward :
+                         <             >                 <              >
+
+of which the last stage has none of it, and under `al` some ticks and micro-batches have fewer cuts. In the next
+micro-batch, and in the next tick with `overlap`, the side stream starts behind all that the main one has been given. On
+a CPU the order is the same without streams.
 """
 
 from __future__ import annotations

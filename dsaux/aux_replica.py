@@ -144,6 +144,7 @@ class AuxReplica:
         self.variance = torch.full((num_boundaries,), float("nan"), device=device, dtype=dtype)
         """Running variance of each boundary's auxiliary variable; NaN until the first step has ended."""
         self._has_variance = [False] * num_boundaries
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
 
         self._num_boundaries = num_boundaries
         self._filled, self._summed = self.new_message(), self.new_message()
@@ -241,9 +242,7 @@ class AuxReplica:
         digests, flags = message.digests.clone(), message.flags.clone()
         if self.num_replicas > 1:
             message.data.div_(self.num_replicas)
-        has_boundary = torch.tensor(
-            [step is not None for step in self._tick.steps[:-1]], dtype=torch.bool, device=self.variance.device
-        )
+        has_boundary = self._boundaries_of(self._tick)
         if self.net is not None:
             updated = updated_variance(self.variance, message.variances)
             is_fresh = has_boundary & (flags[1:].sum() == 0) if keep_variance else has_boundary
@@ -260,6 +259,13 @@ class AuxReplica:
             flags=flags,
             has_boundary=has_boundary,
         )
+
+    def _boundaries_of(self, tick: Tick) -> Tensor:
+        """`TickReport.has_boundary`; kept on the device, since the host would wait for it to hand over a new one."""
+        has_batch = tuple(step is not None for step in tick.steps[:-1])
+        if has_batch not in self._masks:  # while the wavefront fills and drains, and once between
+            self._masks[has_batch] = torch.tensor(has_batch, dtype=torch.bool, device=self.variance.device)
+        return self._masks[has_batch]
 
     def step(self, *, skip: bool = False) -> None:
         """Clip and take the optimizer's step on the summed gradients; the same on every rank.

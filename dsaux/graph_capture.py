@@ -33,6 +33,9 @@ class Capture(Protocol):
         `Capture` share memory: those of a tick must be replayed in the order in which they were made.
         """
 
+    def begin_pool(self) -> None:
+        """Let the recordings that follow have memory of their own: all that were made before have been dropped."""
+
 
 def leave_default_stream(device: torch.device) -> None:
     """Go on, in this thread, on a stream on which work can be captured: the default one is none.
@@ -63,6 +66,10 @@ class CudaCapture:
         present = torch.cuda.current_stream(device)
         is_default = present == torch.cuda.default_stream(device)
         self._stream = torch.cuda.Stream(device) if is_default else present  # type: ignore[no-untyped-call]
+        self.begin_pool()
+
+    def begin_pool(self) -> None:
+        """See `Capture`. CUDA's memory takes no graph into a pool without graphs of which a tensor is still held."""
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
@@ -86,13 +93,14 @@ class CudaCapture:
             # Of this thread alone: those of a loader and of NCCL may call CUDA meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
+            return graph
         except BaseException as error:
             self._clean_up(present)
-            cause = error  # CUDA's own, at the end of the capture, says no more than that something was wrong before
-            while cause.__context__ is not None:
-                cause = cause.__context__
-            raise cause from None
-        return graph
+            cause = _first_cause(error)
+        try:
+            raise cause  # behind the block: within it Python would tie it to CUDA's error, whose frames hold it
+        finally:
+            del cause  # which holds this frame, the graph and all tensors of the capture
 
     def _clean_up(self, present: torch.cuda.Stream) -> None:
         """Undo what PyTorch leaves behind a capture whose end has failed, depending on its version.
@@ -107,3 +115,10 @@ class CudaCapture:
         with contextlib.suppress(AttributeError, RuntimeError):
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state())
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What was raised first: CUDA's own, at a capture's end, says no more than that something was wrong before."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

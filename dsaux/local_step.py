@@ -206,8 +206,6 @@ class LocalStepEngine(StepGuardEngine):
             weight=1.0 / self.micro_batches,
         )
         self.train_loss_sum += self.loss.detach() / self.micro_batches
-        if self.aside is not None:
-            self.aside.backward(variable, lambda: self._match_force(variable, outputs))
 
     def _match_force(self, variable: Tensor, outputs: Tensor) -> Tensor:
         """The force on lambda_(k+1) by what this stage makes, its share of the tick's."""
@@ -216,7 +214,15 @@ class LocalStepEngine(StepGuardEngine):
         return force.div_(self.micro_batches)
 
     def _exec_local_backward(self, buffer_id: int) -> None:
-        """Gradients of the stage's weights and g_k; DeepSpeed divides by the number of micro-batches."""
+        """Gradients of the stage's weights and g_k; DeepSpeed divides by the number of micro-batches.
+
+        The pass of the segment aside runs beside it. It starts here and not behind the loss: a receive may stand
+        between the two, and a CUDA graph holds both ends of what it starts on another stream.
+        """
+        if self.aside is not None:
+            variable = self.pipe_buffers["variables"][buffer_id][self.stage_id]
+            outputs = self.pipe_buffers["outputs"][buffer_id]
+            self.aside.backward(variable, lambda: self._match_force(variable, outputs))
         DeepSpeedEngine.backward(self, self.loss)
         if self.aside is not None:
             self.aside.join()

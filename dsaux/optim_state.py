@@ -82,7 +82,7 @@ def load_parameter_states(
         for parameter, entry in pairs:
             if entry is not None and entry["state"]:
                 base.state[parameter] = {
-                    key: _like(value, parameter) if _is_slice(value, parameter) else _copy(value)
+                    key: _like(value, parameter) if _is_slice(value, parameter) else _other(base, parameter, key, value)
                     for key, value in entry["state"].items()
                 }
         return
@@ -91,9 +91,10 @@ def load_parameter_states(
             continue
         flat = _flat_partition(optimizer, parameter)
         for key, value in entry["state"].items():
-            if key not in base.state[flat]:
-                is_slice = _is_slice(value, parameter)
-                base.state[flat][key] = torch.zeros_like(flat) if is_slice else _copy(value)
+            if not _is_slice(value, parameter):
+                base.state[flat][key] = _other(base, flat, key, value)
+            elif key not in base.state[flat]:
+                base.state[flat][key] = torch.zeros_like(flat)
     _link(optimizer, when=any(base.state.values()))
     for parameter, entry in pairs:
         if entry is None:
@@ -177,7 +178,16 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, requires_grad=False).copy_(value.reshape(parameter.shape))
 
 
-def _copy(value: Any) -> Any:
+def _other(base: torch.optim.Optimizer, stepped: Tensor, key: str, value: Any) -> Any:
+    """A state that is no number per weight, where the optimizer looks for it.
+
+    As PyTorch's `load_state_dict` has it: where kernels read the count of steps it lies on the weights' device, in
+    float32; otherwise it is the host's.
+    """
+    groups = (group for group in base.param_groups if any(one is stepped for one in group["params"]))
+    is_read_there = any(group.get("fused") or group.get("capturable") for group in groups)
+    if key == "step" and is_read_there:
+        return torch.as_tensor(value).to(stepped.device, torch.float32, copy=True)
     return value.clone() if isinstance(value, Tensor) else value
 
 

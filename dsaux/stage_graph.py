@@ -124,6 +124,8 @@ class StageGraphs:
         if self._engine.receiver is not None and not self._engine.receiver.is_readable:
             return None
         self.graphs.pop(form, None)
+        if not self.graphs:
+            capture.begin_pool()
         try:
             self.graphs[form] = record_tick(self._engine, capture, instructions, batches, cuts=self._cuts[form])
         except Exception as error:  # whatever the layers, DeepSpeed or CUDA have against it: training goes on

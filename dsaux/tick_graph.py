@@ -183,15 +183,20 @@ def record_tick(
 
 
 def cuts_of(instructions: Sequence[Any]) -> Iterator[int]:
-    """Places, among the captured instructions, before which another one stands: there a recording begins."""
+    """Places, among the captured instructions, before which another one stands: there a recording begins.
+
+    None begins with `WriteOutput`, which runs no kernel but names a tensor that the next message takes: alone it would
+    be an empty graph. It belongs to the recording that makes the tensor.
+    """
     place, is_cut = 0, True
     for instruction in instructions:
         if not isinstance(instruction, CAPTURED):
             is_cut = True
             continue
-        if is_cut:
+        if is_cut and not isinstance(instruction, ins.WriteOutput):
             yield place
-        place, is_cut = place + 1, False
+            is_cut = False
+        place += 1
 
 
 def execute(engine: LocalStepEngine, instruction: Any) -> None:

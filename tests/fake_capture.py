@@ -2,20 +2,25 @@
 
 Recording runs the Python once and leaves every tensor that was there before as it was. Replaying runs the recorded
 kernels, those of the backward passes included, on the very same tensors, and no Python. Work that asks for a number on
-the host can't be recorded.
+the host can't be recorded, nor can a part of what a side stream does: a CPU has no streams, so what starts and awaits
+work on one is counted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from dsaux.aux_aside import SegmentAside
 
 _HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero")
 
@@ -37,6 +42,11 @@ class FakeRecording:
     def __init__(self) -> None:
         self.calls: list[_Call] = []
 
+    @property
+    def num_kernels(self) -> int:
+        """Calls that run something; CUDA warns of a graph that has none."""
+        return sum(not call.is_view for call in self.calls)
+
     def replay(self) -> None:
         """Run them again; each writes where it wrote before."""
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
@@ -53,11 +63,17 @@ class FakeCapture:
     """Makes fake recordings.
 
     Attributes:
-        recordings: all that were made.
+        recordings: what was recorded, whether or not somebody still holds it.
     """
 
     def __init__(self) -> None:
-        self.recordings: list[FakeRecording] = []
+        self.recordings: list[list[_Call]] = []
+        self.begin_pool()
+
+    def begin_pool(self) -> None:
+        """Let the recordings that follow share memory with none before."""
+        self._pool: weakref.WeakSet[FakeRecording] = weakref.WeakSet()
+        self._is_used = False
 
     @contextlib.contextmanager
     def warm_up(self) -> Iterator[None]:
@@ -65,17 +81,50 @@ class FakeCapture:
         yield
 
     def record(self, work: Callable[[], None]) -> FakeRecording:
-        """Record `work`."""
+        """Record `work`.
+
+        Raises:
+            RuntimeError: where CUDA would, and if all recordings of the pool have gone: CUDA takes such a one again
+                only once the last of its tensors has gone as well.
+        """
+        if self._is_used and not self._pool:
+            raise RuntimeError("INTERNAL ASSERT FAILED: it->second->use_count > 0")
         recorder = _Recorder()
         random = torch.get_rng_state()
         try:
-            with recorder:
+            with recorder, _side_streams():
                 work()
         finally:
             recorder.put_back()
             torch.set_rng_state(random)
-        self.recordings.append(recorder.recording)
+        self.recordings.append(recorder.recording.calls)
+        self._pool.add(recorder.recording)
+        self._is_used = True
         return recorder.recording
+
+
+@contextlib.contextmanager
+def _side_streams() -> Iterator[None]:
+    """What CUDA asks of the side streams of a recording: each is forked in it, and joined before its end."""
+    forked: set[int] = set()
+
+    def forking(method: Any) -> Any:
+        def run(aside: SegmentAside, *args: Any) -> Any:
+            forked.add(id(aside))
+            return method(aside, *args)
+
+        return run
+
+    def join(aside: SegmentAside) -> None:
+        if id(aside) not in forked:
+            raise RuntimeError("dependency created on uncaptured work in another stream")
+        forked.remove(id(aside))
+
+    starts = {name: forking(getattr(SegmentAside, name)) for name in ("forward", "backward")}
+    with patch.multiple(SegmentAside, join=join, **starts):
+        yield
+    if forked:
+        raise RuntimeError("the capture sequence contains a fork that was not joined to the primary stream")
 
 
 class _Recorder(TorchDispatchMode):

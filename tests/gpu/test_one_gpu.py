@@ -109,6 +109,36 @@ def test_graphs_beside_messages_change_no_bit(name: str) -> None:
                 assert np.array_equal(graphed[part][key], value), key
 
 
+NOT_WAITING = [
+    name
+    for name, case in CASES.items()
+    if case.world_size == 2 and case.schedule != "1f1b" and "bf16" not in case.changes  # DeepSpeed reads a norm there
+]
+
+
+def run_without_waits(cases: dict[str, Case]) -> None:
+    """Train each case, without and with graphs; where the host waits for the GPU in the last steps PyTorch raises."""
+    for case in cases.values():
+        for graphed in (False, True):
+            blocks = {**case.changes.get("dsaux", {}), "data": {"guard_every": 0}}
+            blocks["run"] = {**blocks.get("run", {}), "cuda_graphs": graphed}
+            engine = build(replace(case, changes={**case.changes, "dsaux": blocks}))
+            data = iter(replace(case, steps=STEPS).replica_batches(0))
+            for _ in range(STEPS - 4):
+                engine.train_batch(data)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(4):
+                    engine.train_batch(data)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            engine.drain()
+
+
+def test_the_host_waits_for_the_gpu_in_no_step_once_all_stages_have_a_batch() -> None:
+    run_ranks(run_without_waits, 2, {name: CASES[name] for name in NOT_WAITING}, device="cuda", time_limit_s=150.0)
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float64])
 def test_a_gpu_trains_what_a_cpu_trains(name: str) -> None:
     size = CASES[name].world_size

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -51,6 +53,7 @@ class Counts:
 
     told: list[str]
     recordings: list[list[int]]
+    num_kernels: list[int]
     python_runs: int = 0
 
 
@@ -103,10 +106,9 @@ def run(
         "buffers": {name: buffer.numpy().copy() for name, buffer in engine.module.named_buffers()},
         **weights(engine),
     }
-    recordings = []
-    if engine.stage_graphs is not None:
-        recordings = [sorted(graph.recordings) for graph in engine.stage_graphs.graphs.values()]
-    return result, Counts(told, recordings, runs[0])
+    graphs = [] if engine.stage_graphs is None else list(engine.stage_graphs.graphs.values())
+    num_kernels = [recording.num_kernels for graph in graphs for recording in graph.recordings.values()]
+    return result, Counts(told, [sorted(graph.recordings) for graph in graphs], num_kernels, runs[0])
 
 
 def count(runs: list[int], *_: Any) -> None:
@@ -148,6 +150,7 @@ def agreed(name: str) -> list[Counts]:
     counts = []
     for (eager, _), (graphed, after) in both(name):
         assert_equal(eager, graphed)
+        assert 0 not in after.num_kernels, "CUDA warns of an empty graph"
         counts.append(after)
     return counts
 
@@ -170,6 +173,7 @@ EQUAL = {
     "al with overlap": two_stages("al", changes={**WARMING_LR, **OVERLAP}),
     "local": two_stages("local"),
     "al, K=3": Case((0, 2, 4, 6), "al", steps=STEPS, changes=WARMING_LR),
+    "local, K=3": Case((0, 2, 4, 6), "local", steps=STEPS, changes=WARMING_LR),
     "K=1": Case((0, 6), "penalty", steps=STEPS, changes=WARMING_LR),
     "two replicas": two_stages("al", replicas=2, accumulation=1),
 }
@@ -278,6 +282,10 @@ def test_the_graphs_of_a_tick_are_cut_where_it_communicates() -> None:
     assert first == [[0, 2, 3]]
     assert middle == [[0, 2, 3, 4, 5]]
     assert last == [[0, 4, 5]]
+    first, middle, last = (counts.recordings for counts in agreed("local, K=3"))
+    # ReceivedForward WriteOutput | HeadLoss HeadBackward
+    assert first == middle == [[0, 2]]
+    assert last == [[0, 1]]
 
 
 class GrowingLayer(nn.Module):

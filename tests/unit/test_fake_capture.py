@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dsaux.aux_aside import SegmentAside
 from tests.fake_capture import FakeCapture
 
 
@@ -72,3 +73,33 @@ def test_a_number_that_the_host_asks_for_ends_a_recording_and_leaves_no_trace() 
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         FakeCapture().record(lambda: total.add_(1.0).item())
     assert total.item() == 0.0
+
+
+def test_what_a_recording_starts_on_a_side_stream_it_awaits() -> None:
+    aside = SegmentAside(lambda source: source * 2.0, torch.device("cpu"))
+    given, made = torch.ones(2), []
+
+    def start() -> None:
+        made.append(aside.forward(given))
+
+    with pytest.raises(RuntimeError, match="a fork that was not joined to the primary stream"):
+        FakeCapture().record(start)
+    with pytest.raises(RuntimeError, match="dependency created on uncaptured work"):
+        FakeCapture().record(lambda: aside.join())
+    recording = FakeCapture().record(lambda: (start(), aside.join()))
+    given.fill_(3.0)
+    recording.replay()
+    assert made[-1].tolist() == [6.0, 6.0]
+
+
+def test_a_pool_that_has_lost_all_its_recordings_is_not_used_again() -> None:
+    capture = FakeCapture()
+    first = capture.record(lambda: torch.zeros(2))
+    second = capture.record(lambda: torch.zeros(2))
+    del first
+    capture.record(lambda: torch.zeros(2))
+    del second
+    with pytest.raises(RuntimeError, match="use_count > 0"):
+        capture.record(lambda: torch.zeros(2))
+    capture.begin_pool()
+    capture.record(lambda: torch.zeros(2))

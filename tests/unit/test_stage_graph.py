@@ -28,12 +28,24 @@ def flat(schedule: Any) -> list[Any]:
         (LagrangianSchedule(1, 3, 2, tick=9), [0, 4, 5]),
         (LagrangianSchedule(2, 3, 1, tick=9), [0, 2, 4, 6, 9, 11]),
         (LagrangianSchedule(1, 1, 0, tick=9), [0]),
-        # load | await | forward | post | write | send | loss, backward
-        (LocalSchedule(1, 3, 1, tick=9), [0, 1, 2]),
+        # load | await | forward | post | (nothing that a graph could hold: write) | send | loss, backward
+        (LocalSchedule(1, 3, 1, tick=9), [0, 2]),
+        (LocalSchedule(1, 3, 0, tick=9), [0, 2]),
+        (LocalSchedule(1, 3, 2, tick=9), [0, 1]),
+        (LocalSchedule(2, 3, 1, tick=9), [0, 2, 4, 6]),
     ],
 )
 def test_graphs_begin_behind_what_communicates(schedule: Any, cuts: list[int]) -> None:
     assert list(cuts_of(flat(schedule))) == cuts
+
+
+def test_a_tick_of_local_that_fills_or_drains_is_cut_nowhere_else() -> None:
+    for micro_batches in (1, 2, 3):
+        usual = set(cuts_of(flat(LocalSchedule(micro_batches, 3, 1, tick=9))))
+        first = LocalSchedule(micro_batches, 3, 1, tick=1)  # nothing was sent before
+        last = LocalSchedule(micro_batches, 3, 1, tick=9, num_batches=9)  # nothing more comes
+        for schedule in (first, last):
+            assert set(cuts_of(flat(schedule))) <= usual
 
 
 def test_a_tick_that_fills_or_drains_is_cut_nowhere_else() -> None:
