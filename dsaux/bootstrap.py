@@ -71,7 +71,9 @@ def initialize(
             'scheduler.params.total_num_steps is "auto", which train.py alone can fill in; give the number of steps.'
         )
     if settings.dsaux.run.cuda_graphs and get_accelerator().device_name() == "cuda":
-        leave_default_stream(torch.device("cuda", torch.cuda.current_device()))
+        # Where the module is and the engine will be: DeepSpeed makes it the present device, but only with the engine.
+        leave_default_stream(torch.device("cuda", model.local_rank))
+    _check_trained(model, settings)
     document = settings.to_dict()
     document["optimizer"] = stage_optimizer(document["optimizer"], device_type=get_accelerator().device_name())
     # deepspeed.initialize chooses the engine by a module-level name: lend it ours for the length of the call.
@@ -110,6 +112,22 @@ def set_group_timeouts(timeout: timedelta) -> None:
 
 def _aux_optimizer(settings: Config) -> tuple[str, dict[str, Any]] | None:
     return aux_optimizer(settings) if has_aux_net(settings.dsaux) else None
+
+
+def _check_trained(model: AuxPipelineModule, settings: Config) -> None:
+    """Refuse, on all ranks, a stage that nothing can be trained in; a collective call."""
+    is_trained = [parameter.requires_grad for parameter in model.parameters()]
+    # A frozen stage may hand on the gradient of its input, where it has one; flat weights must not be empty.
+    has_gradient = model.stage_id > 0 and settings.dsaux.pipeline.schedule != "local"
+    is_idle = not any(is_trained) and not (is_trained and has_gradient and not settings.has_flat_weights())
+    idle: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(idle, model.stage_id if is_idle else None)
+    if stages := sorted({stage for stage in idle if stage is not None}):
+        raise ConfigError(
+            f"stage {stages[0]} has no weight to train (requires_grad is False for all of them, or there are none). "
+            "Give each stage a layer that is trained: change dsaux.pipeline.partition or dsaux.pipeline.stages, or "
+            "freeze fewer layers."
+        )
 
 
 def _configure_checkpointing(block: Mapping[str, Any]) -> None:

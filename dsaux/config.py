@@ -338,14 +338,15 @@ class Config:
                 "dsaux.run.channels_last is true, which has no effect on text: it is about images (4 dimensions). Leave"
                 " the key out."
             ]
-        if self._has_flat_weights():
+        if self.has_flat_weights():
             return [
                 "dsaux.run.channels_last is true, which with bf16 or ZeRO turns the stages' activations but not their"
                 " weights: DeepSpeed keeps those in one flat tensor, and each convolution turns its own anew."
             ]
         return []
 
-    def _has_flat_weights(self) -> bool:
+    def has_flat_weights(self) -> bool:
+        """Whether DeepSpeed keeps a stage's weights in one flat tensor, as with bf16 or ZeRO."""
         blocks = {key: self.deepspeed.get(key) or {} for key in ("bf16", "zero_optimization")}
         return bool(blocks["bf16"].get("enabled") or blocks["zero_optimization"].get("stage"))
 

@@ -37,14 +37,17 @@ def parameter_states(optimizer: Any, parameters: Iterable[Tensor]) -> list[Param
 
     Args:
         optimizer: a torch optimizer, DeepSpeed's ZeRO-1 or its bf16 optimizer.
-        parameters: parameters that it steps, in an order that is the same on all replicas.
+        parameters: those of a stage, in an order that is the same on all replicas.
 
     Returns:
-        One entry per parameter; "state" is empty before the first step.
+        One entry per parameter; "state" is empty before the first step, and of a frozen parameter.
     """
-    base = base_optimizer(optimizer)
-    found = []
+    base, stepped = base_optimizer(optimizer), _stepped(optimizer)
+    found: list[ParameterState] = []
     for parameter in parameters:
+        if id(parameter) not in stepped:
+            found.append({"state": {}})
+            continue
         if not _is_wrapped(optimizer):
             state = {key: _to_cpu(value) for key, value in base.state.get(parameter, {}).items()}
             found.append({"state": state})
@@ -73,8 +76,8 @@ def load_parameter_states(
     Raises:
         ValueError: if an entry is no state of its parameter.
     """
-    base = base_optimizer(optimizer)
-    pairs = list(zip(parameters, states, strict=True))
+    base, stepped = base_optimizer(optimizer), _stepped(optimizer)
+    pairs = [pair for pair in zip(parameters, states, strict=True) if id(pair[0]) in stepped]
     for parameter, entry in pairs:
         if entry is not None:
             _check(parameter, entry)
@@ -153,14 +156,25 @@ def _is_wrapped(optimizer: Any) -> bool:
     return hasattr(optimizer, "_link_all_hp_params")
 
 
+def _groups(optimizer: Any) -> list[list[Tensor]]:
+    """Parameters that are stepped, by group; DeepSpeed's wrapped optimizers leave the frozen ones out."""
+    if not _is_wrapped(optimizer):
+        return [group["params"] for group in optimizer.param_groups]
+    return getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups  # type: ignore[no-any-return]
+
+
+def _stepped(optimizer: Any) -> set[int]:
+    """`id` of each parameter that the optimizer holds."""
+    return {id(parameter) for group in _groups(optimizer) for parameter in group}
+
+
 def _flat_partition(optimizer: Any, parameter: Tensor) -> Tensor:
     """This rank's flat float32 tensor of the parameter's group."""
-    groups = getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups
     flats = getattr(optimizer, "fp32_groups_flat_partition", None) or optimizer.single_partition_of_fp32_groups
-    for members, flat in zip(groups, flats, strict=True):
+    for members, flat in zip(_groups(optimizer), flats, strict=True):
         if any(member is parameter for member in members):
             return flat  # type: ignore[no-any-return]
-    raise AssertionError("every parameter of a stage is in a group of its optimizer")
+    raise AssertionError("the parameter is in a group of the optimizer")
 
 
 def _link(optimizer: Any, *, when: bool) -> None:

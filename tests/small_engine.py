@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from dsaux.assemble import cross_entropy
 from dsaux.bootstrap import initialize
 from dsaux.engine import AuxPipelineEngine
+from dsaux.models import Layer
 from dsaux.module import AuxPipelineModule
 from tests.ranks import run_ranks
 from tests.small_net import batches, small_aux_net, small_config, small_heads, small_layers
@@ -32,7 +33,8 @@ class Case:
         drain_after: steps after which the engine finishes the batches under way; it always does at the end.
         dtype: precision of the weights.
         changes: further changes of the configuration.
-        layer_options: further arguments of the module.
+        module_options: further arguments of the module.
+        frozen: layers whose weights stay what they are.
     """
 
     bounds: tuple[int, ...]
@@ -44,6 +46,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     changes: dict[str, Any] = field(default_factory=dict)
     module_options: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[int, ...] = ()
 
     @property
     def num_stages(self) -> int:
@@ -78,8 +81,9 @@ class Case:
 def build(case: Case) -> AuxPipelineEngine:
     """This rank's engine for a case."""
     has_aux = case.schedule not in ("local", "1f1b") and case.num_stages > 1
+    layers = [freeze(layer) if index in case.frozen else layer for index, layer in enumerate(small_layers())]
     module = AuxPipelineModule(
-        small_layers(),
+        layers,
         num_stages=case.num_stages,
         bounds=case.bounds,
         loss_fn=cross_entropy,
@@ -89,6 +93,11 @@ def build(case: Case) -> AuxPipelineEngine:
     ).to(case.dtype)
     engine, _, _, _ = initialize(model=module, config=case.document())
     return engine
+
+
+def freeze(layer: Layer) -> Layer:
+    """The layer with weights that no optimizer may change."""
+    return replace(layer, make=lambda: layer.make().requires_grad_(False))
 
 
 def train(case: Case, *, each_step: Callable[[AuxPipelineEngine, int], None] | None = None) -> dict[str, Any]:

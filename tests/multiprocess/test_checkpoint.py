@@ -61,6 +61,9 @@ CASES = {
         (0, 2, 6), "penalty", replicas=2, dtype=SINGLE, changes={**ZERO, **CYCLE}
     ),
     "1f1b, ZeRO-1": Case((0, 2, 6), "1f1b", replicas=2, accumulation=2, dtype=SINGLE, changes=ZERO),
+    "penalty, a frozen stage": Case((0, 2, 6), "penalty", frozen=(2, 3, 4, 5)),
+    "al, bf16, a frozen layer": Case((0, 2, 6), "al", dtype=SINGLE, changes=BF16, frozen=(1,)),
+    "1f1b, ZeRO-1, a frozen layer": Case((0, 2, 6), "1f1b", replicas=2, dtype=SINGLE, changes=ZERO, frozen=(2,)),
     "al, bf16, ZeRO-1": Case((0, 2, 6), "al", replicas=2, dtype=SINGLE, changes={**BF16, **ZERO}),
 }
 
@@ -165,6 +168,14 @@ RESHAPED = {
     "none to ZeRO-1": (
         Case((0, 3, 6), "1f1b", accumulation=2, dtype=SINGLE),
         Case((0, 2, 6), "1f1b", replicas=2, dtype=SINGLE, changes=ZERO),
+    ),
+    "a frozen layer, ZeRO-1 to none": (
+        Case((0, 2, 6), "1f1b", replicas=2, dtype=SINGLE, changes=ZERO, frozen=(2,)),
+        Case((0, 3, 4, 6), "1f1b", accumulation=2, dtype=SINGLE, frozen=(2,)),
+    ),
+    "a frozen layer, none to ZeRO-1": (
+        Case((0, 3, 4, 6), "1f1b", accumulation=2, dtype=SINGLE, frozen=(2,)),
+        Case((0, 2, 6), "1f1b", replicas=2, dtype=SINGLE, changes=ZERO, frozen=(2,)),
     ),
 }
 """Exact back-propagation does not depend on the cut: the run in the new shape must follow the old one."""

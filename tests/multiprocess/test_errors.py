@@ -11,9 +11,10 @@ from torch import nn
 
 from dsaux.assemble import cross_entropy
 from dsaux.bootstrap import initialize
+from dsaux.models import Layer
 from dsaux.module import AuxPipelineModule
 from tests.ranks import RankError, run_ranks
-from tests.small_engine import Case, build
+from tests.small_engine import Case, build, freeze
 from tests.small_net import small_aux_net, small_config, small_heads, small_layers
 
 pytestmark = pytest.mark.multiprocess
@@ -22,7 +23,13 @@ pytestmark = pytest.mark.multiprocess
 def module(**changes: Any) -> AuxPipelineModule:
     """A module of two stages, as it should be but for `changes`."""
     arguments: dict[str, Any] = {"num_stages": 2, "bounds": [0, 3, 6], "aux_net": small_aux_net([0, 3, 6])}
-    return AuxPipelineModule(small_layers(), loss_fn=cross_entropy, **{**arguments, **changes})
+    layers = changes.pop("layers", small_layers())
+    return AuxPipelineModule(layers, loss_fn=cross_entropy, **{**arguments, **changes})
+
+
+def frozen(*indices: int) -> list[Layer]:
+    """The network with some layers frozen."""
+    return [freeze(layer) if index in indices else layer for index, layer in enumerate(small_layers())]
 
 
 def start(model: Any, **changes: Any) -> Any:
@@ -53,6 +60,14 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a length that train.py alone knows": (
         lambda: start(module(), scheduler=SCHEDULER),
         'total_num_steps is "auto", which train.py alone can fill in',
+    ),
+    "a first stage that trains nothing": (
+        lambda: start(module(layers=frozen(0, 1, 2)), dsaux=AL),
+        "stage 0 has no weight to train (requires_grad is False for all of them, or there are none). Give each stage",
+    ),
+    "a stage that trains nothing, with bf16": (
+        lambda: start(module(layers=frozen(3, 4, 5)), bf16={"enabled": True}),
+        "stage 1 has no weight to train",
     ),
     "no data": (lambda: start(module())[0].train_batch(), "train_batch has no data"),
     "no data under al": (lambda: start(module(), dsaux=AL)[0].train_batch(), "train_batch has no data"),

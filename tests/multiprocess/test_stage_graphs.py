@@ -408,6 +408,23 @@ def train_with_the_key() -> list[str]:
     return told
 
 
+def test_a_script_that_sets_no_device_leaves_the_default_stream_of_its_own_rank() -> None:
+    assert run_ranks(devices_whose_stream_is_left, 2) == [["cuda:0"], ["cuda:1"]]
+
+
+def devices_whose_stream_is_left() -> list[str]:
+    """With a GPU as far as `initialize` looks at it; PyTorch's present one is the first until somebody sets another."""
+    left: list[str] = []
+    gpu = SimpleNamespace(device_name=lambda: "cuda")
+    with (
+        patch("dsaux.bootstrap.get_accelerator", lambda: gpu),
+        patch("dsaux.bootstrap.leave_default_stream", lambda device: left.append(str(device))),
+        patch("torch.cuda.current_device", lambda: 0),
+    ):
+        build(Case((0, 3, 6), changes=GRAPHS))
+    return left
+
+
 MANY_STEPS = (WARMUP_TICKS + 2) * (MOST_FORMS + 1)
 JOBS: dict[str, Job] = {
     **{name: Job(case, {"at_step": evaluate_in_between}) for name, case in EQUAL.items()},
