@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dsaux.bootstrap import initialize
 from dsaux.checkpoint import FoundCheckpoint
 from dsaux.config import Config, Launch, has_aux_net, resolved_deepspeed
-from dsaux.data import Dataset, ReplicaStream
+from dsaux.data import Dataset, ReplicaStream, test_batches
 from dsaux.engine import AuxPipelineEngine
 from dsaux.engine_state import content_bounds
 from dsaux.models import Layer, boundary_specs
@@ -33,6 +33,7 @@ from dsaux.placement import topology_of
 
 if TYPE_CHECKING:
     from dsaux.data.node_share import NodeGroup
+    from dsaux.data.stream import TestBatches
 
 T = TypeVar("T")
 BATCHNORM_STREAM_SEED_OFFSET = 1_000_003
@@ -240,6 +241,22 @@ def batchnorm_stream(
         device=device,
         workers=settings.data.workers,
         augment=settings.data.augment,
+    )
+
+
+def evaluation_batches(
+    config: Config, launch: Launch, *, dataset: Dataset, replica: int, device: torch.device
+) -> TestBatches:
+    """One replica's share of the test set; can be iterated once for every evaluation."""
+    settings = config.dsaux
+    return test_batches(
+        dataset,
+        loader=settings.data.loader,
+        replica=replica,
+        num_replicas=launch.replicas,
+        batch_size=settings.run.eval_batch_size,
+        device=device,
+        workers=settings.data.workers,
     )
 
 

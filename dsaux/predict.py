@@ -4,7 +4,8 @@ python -m dsaux.predict model.onnx cat.jpg dog.png
 python -m dsaux.predict runs/quickstart cat.jpg --top 3 --json
 
 The model is a file of any format that `dsaux.export` writes, or a run folder. An image is resized by its shorter side,
-cut to the square in its middle and normalised, as the test images of the run were.
+cut to the square in its middle and normalised, as the test images of the run were; like there, an orientation in its
+EXIF data is not applied.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def read_image(path: Path, card: ModelCard) -> Tensor:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise ConfigError(f"{path} has more than 8 bits a channel. Convert it, e.g. to a PNG of 8 bits.")
-            picture = ImageOps.exif_transpose(file).convert(_MODES[card.in_channels])
+            picture = file.convert(_MODES[card.in_channels])
     except UnidentifiedImageError as error:
         raise _unreadable(path, "it is no picture that PIL knows") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

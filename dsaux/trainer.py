@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed
 
-from dsaux.assemble import batchnorm_stream, node_group, training_stream
+from dsaux.assemble import batchnorm_stream, evaluation_batches, node_group, training_stream
 from dsaux.checkpoint import CHECKPOINT_FOLDER, CheckpointError, FoundCheckpoint, keep_newest
 from dsaux.config import Config, ConfigError, Launch
-from dsaux.data import Dataset, test_batches
+from dsaux.data import Dataset
 from dsaux.display import RunDisplay
 from dsaux.engine import AuxPipelineEngine
 from dsaux.engine_state import is_in_exact_epochs, load_network
@@ -211,14 +211,8 @@ class Trainer:
         if reestimate:
             self.batchnorm.seek(0)
             reestimate_batchnorm(self.engine, self.batchnorm, num_batches=self.settings.run.bn_batches)
-        batches = test_batches(
-            self.dataset,
-            loader=self.settings.data.loader,
-            replica=self.engine.grid.get_data_parallel_rank(),
-            num_replicas=self.launch.replicas,
-            batch_size=self.settings.run.eval_batch_size,
-            device=self.engine.device,
-        )
+        replica, device = self.engine.grid.get_data_parallel_rank(), self.engine.device
+        batches = evaluation_batches(self.config, self.launch, dataset=self.dataset, replica=replica, device=device)
         result = evaluate(self.engine, iter(batches), num_batches=len(batches))
         stats = EvalStats(
             step=self.step,

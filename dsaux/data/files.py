@@ -165,4 +165,4 @@ class FileDataset:
             return DaliFileLoader(job)
         from dsaux.data.torch_files import make_torch_file_loader
 
-        return make_torch_file_loader(job, workers=settings.workers)
+        return make_torch_file_loader(job, workers=settings.workers, num_batches=settings.num_batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -85,10 +85,9 @@ class ImageDataset:
         )
 
     def test_loader(self, plan: Plan, settings: LoaderSettings) -> Loader:
-        """Makes the batches of a plan over the test images."""
-        return self._loader(
-            plan, settings, images=self.test_images, labels=self.test_labels, margin=0, is_augmented=False
-        )
+        """Makes the batches of a plan over the test images, in this process: workers take longer to start than that."""
+        own = replace(settings, workers=0)
+        return self._loader(plan, own, images=self.test_images, labels=self.test_labels, margin=0, is_augmented=False)
 
     def _loader(
         self,

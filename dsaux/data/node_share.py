@@ -123,6 +123,7 @@ class SharedLoader:
         self._known = -1  # newest position that is said to be there
         self._started = False
         self._maker: _Maker | None = None
+        self._memory: NDArray[np.uint8] | None
         size = form.num_bytes * group.num_slots
         with contextlib.ExitStack() as names:
             folder = Path(names.enter_context(tempfile.TemporaryDirectory(prefix="dsaux-"))) if group.is_maker else None
@@ -170,6 +171,7 @@ class SharedLoader:
         Raises:
             RuntimeError: if the rank that makes the batches failed, ended, or is silent for too long.
         """
+        assert self._memory is not None, "a rank that has left reads no more"
         self.begin()
         while self._known < self._position:
             self._known = self._maker.wait(self._position) if self._maker else self._receive()
@@ -187,8 +189,9 @@ class SharedLoader:
             self._need(self._position)
 
     def leave(self) -> None:
-        """Read no more; the others need not wait for this rank."""
+        """Read no more, for good; the others need not wait for this rank, and behind the last no batch is made."""
         self._started = True
+        self._memory = None
         self._need(_NEVER)
 
     def close(self) -> None:
@@ -242,7 +245,7 @@ class _Maker:
                 os.posix_fallocate(descriptor, 0, size)  # now, not when a slot is written
             finally:
                 os.close(descriptor)
-            self.memory = _open_memory(folder, size)
+            self.memory: NDArray[np.uint8] | None = _open_memory(folder, size)
         except OSError:
             memory.unlink(missing_ok=True)
             raise
@@ -306,11 +309,15 @@ class _Maker:
                 self._error = error
                 self._change.notify_all()
             self._tell(_FAILED)
+        finally:
+            self.memory = None  # it is given back when the last rank has left
 
     def _make_all(self) -> None:
+        memory = self.memory
+        assert memory is not None, "it is there until this thread ends"
         with self._change:
             self._change.wait_for(lambda: self._is_closed or None not in self._needs)
-            if self._is_closed:
+            if self._is_over():
                 return
             position = self._oldest()
         loader = self._make_loader()
@@ -321,7 +328,7 @@ class _Maker:
                 if not self._wait_for_slot(position):
                     return
                 start = position % self._group.num_slots * self._form.num_bytes
-                places = self._form.views(self.memory[start : start + self._form.num_bytes])
+                places = self._form.views(memory[start : start + self._form.num_bytes])
                 for place, tensor in zip(places, (inputs, labels), strict=True):
                     place.copy_(tensor)
                 with self._change:
@@ -335,7 +342,11 @@ class _Maker:
     def _wait_for_slot(self, position: int) -> bool:
         with self._change:
             self._change.wait_for(lambda: self._is_closed or position - self._oldest() < self._group.num_slots)
-            return not self._is_closed
+            return not self._is_over()
+
+    def _is_over(self) -> bool:
+        """Whether nobody will read any more."""
+        return self._is_closed or self._oldest() == _NEVER
 
     def _oldest(self) -> int:
         return min(need for need in self._needs if need is not None)

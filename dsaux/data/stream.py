@@ -75,12 +75,14 @@ class LoaderSettings:
         batch_size: samples in a batch.
         device: where the batches are put.
         workers: worker processes of the torch loader; 0 loads in this process.
+        num_batches: batches that will be asked for, so that workers load no others; None for a stream without end.
     """
 
     name: str
     batch_size: int
     device: torch.device
     workers: int = 0
+    num_batches: int | None = None
 
 
 class Dataset(Protocol):
@@ -320,6 +322,7 @@ def test_batches(
     num_replicas: int,
     batch_size: int,
     device: torch.device | str,
+    workers: int = 0,  # noqa: PT028  # not a test of pytest's
 ) -> TestBatches:
     """One replica's share of the test set in batches of one shape; every replica has as many.
 
@@ -332,6 +335,8 @@ def test_batches(
         num_replicas: replicas that share the test set.
         batch_size: images in a batch; lowered to the share where that is smaller.
         device: where the batches are put.
+        workers: most worker processes of the torch loader, which start and end with an iteration; 0 loads in this
+            process, as images in memory always are.
 
     Returns:
         An object with a length, which can be iterated any number of times.
@@ -353,7 +358,13 @@ def test_batches(
         share=share,
         batch_size=min(batch_size, share),
     )
-    settings = LoaderSettings(known_loader(loader), plan.batch_size, torch.device(device))
+    settings = LoaderSettings(
+        known_loader(loader),
+        plan.batch_size,
+        torch.device(device),
+        workers=min(workers, plan.num_batches),
+        num_batches=plan.num_batches,
+    )
     return TestBatches(lambda: dataset.test_loader(plan, settings), num_batches=plan.num_batches)
 
 

@@ -15,15 +15,18 @@ from dsaux.data.stream import Loader
 from dsaux.data.torch_loader import Cropped, InProcessLoader, WorkerLoader
 
 
-def make_torch_file_loader(job: FileJob, *, workers: int) -> Loader:
+def make_torch_file_loader(job: FileJob, *, workers: int, num_batches: int | None) -> Loader:
     """Makes the loader.
 
     Args:
         job: what to load.
         workers: worker processes; 0 loads in this process.
+        num_batches: batches that will be asked for; None for a stream without end.
     """
     samples = _Samples(job)
-    return WorkerLoader(job, workers=workers, samples=samples) if workers else InProcessLoader(job, samples=samples)
+    if not workers:
+        return InProcessLoader(job, samples=samples)
+    return WorkerLoader(job, workers=workers, samples=samples, num_batches=num_batches)
 
 
 class _Samples(Dataset[Cropped]):

@@ -80,11 +80,20 @@ class WorkerLoader:
         job: what to load.
         workers: number of worker processes, at least 1.
         samples: its batches by position, before they are normalised; None takes those of images in memory.
+        num_batches: no batch from this position on is loaded ahead; None for a stream without end.
     """
 
-    def __init__(self, job: NormalisedJob, *, workers: int, samples: Dataset[Cropped] | None = None) -> None:
+    def __init__(
+        self,
+        job: NormalisedJob,
+        *,
+        workers: int,
+        samples: Dataset[Cropped] | None = None,
+        num_batches: int | None = None,
+    ) -> None:
         crops, finish = samples or _crops_of(job), _Finish(job)
         self._workers, self._pinned = workers, job.device.type == "cuda"
+        self._num_batches = num_batches
         # What is drawn beyond crops is work for the workers; else bytes cost less on their way than float32.
         in_workers = job.device.type == "cpu" and isinstance(job, LoaderJob) and (job.rand_augment or job.cutout)
         self._dataset: Dataset[Any] = _Finished(crops, finish) if in_workers else crops
@@ -128,7 +137,7 @@ class WorkerLoader:
         return DataLoader(
             self._dataset,
             batch_size=None,  # the sampler's item is the position of a whole batch
-            sampler=_PositionsFrom(self._position),
+            sampler=_Positions(self._position, self._num_batches),
             num_workers=self._workers,
             # Not forked from here: a copy of a process with threads (DeepSpeed's, gloo's, DALI's) can crash.
             multiprocessing_context="forkserver",
@@ -138,14 +147,14 @@ class WorkerLoader:
         )
 
 
-class _PositionsFrom(Sampler[int]):
-    """start, start + 1, .. without end."""
+class _Positions(Sampler[int]):
+    """start, start + 1, .. up to stop; without end where that is None."""
 
-    def __init__(self, start: int) -> None:
-        self._start = start
+    def __init__(self, start: int, stop: int | None) -> None:
+        self._start, self._stop = start, stop
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._start)
+        return itertools.count(self._start) if self._stop is None else iter(range(self._start, self._stop))
 
 
 Cropped: TypeAlias = tuple[Tensor, Tensor, dict[str, Tensor]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 import torch
 from torchvision import datasets, transforms
 
-from dsaux.config import check_launch, config_from_dict
+from dsaux.assemble import evaluation_batches
+from dsaux.config import Launch, check_launch, config_from_dict
 from dsaux.data import ReplicaStream, batch_digest, image_size, load_dataset, sample_counts
 from dsaux.data import test_batches as share_of_test_set
 from dsaux.data.files import MEAN, STD, FileDataset
@@ -22,6 +24,7 @@ from dsaux.data.index import write_index
 from dsaux.data.layout import spread
 from dsaux.data.pictures import DamagedImageError
 from dsaux.data.shards import find_shards, index_path
+from dsaux.data.stream import TestBatches
 from dsaux.data.views import shorter_side
 from tests.bad_input import good_config
 from tests.image_files import NUM_CLASSES, SIZE, TEST, TRAIN, folder_data, write_shards, write_tree
@@ -216,6 +219,31 @@ def test_worker_processes_give_the_same_batches_and_name_a_file_that_is_gone(tre
     with pytest.raises(DamagedImageError, match=r"n05/2.JPEG cannot be used: No such file"):
         take(stream, 6)
     stream.close()
+
+
+def test_an_evaluation_has_the_configured_worker_processes_and_gives_the_same_batches(tree: Path) -> None:
+    alone, shared = (evaluation(tree, workers=workers, batch_size=7) for workers in (0, 2))
+    before = set(multiprocessing.active_children())
+    found = iter(shared)
+    first = next(found)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    assert equal([first, *found], list(alone))
+    assert set(multiprocessing.active_children()) <= before  # they last as long as the evaluation
+
+
+def test_an_evaluation_of_few_batches_has_no_idle_worker_processes(tree: Path) -> None:
+    batches = evaluation(tree, workers=2, batch_size=30)
+    before = set(multiprocessing.active_children())
+    assert [len(set(multiprocessing.active_children()) - before) for _ in batches] == [1]
+
+
+def evaluation(tree: Path, *, workers: int, batch_size: int) -> TestBatches:
+    """The test batches of a run on this tree."""
+    sets: dict[str, Any] = {"dsaux.data.name": "folder", "dsaux.data.root": str(tree), "dsaux.data.image_size": SIZE}
+    sets |= {"dsaux.data.train_samples": None, "dsaux.data.test_samples": None}
+    sets |= {"dsaux.data.workers": workers, "dsaux.run.eval_batch_size": batch_size}
+    config, launch = config_from_dict(good_config(sets)), Launch(1, 1, 1, 32, 32, 1)
+    return evaluation_batches(config, launch, dataset=load(tree), replica=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("loader", LOADERS)

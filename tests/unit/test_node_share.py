@@ -127,6 +127,30 @@ def test_nobody_waits_for_a_rank_that_has_left() -> None:
     assert in_threads(work, size=3, loader=Counting()) == [[], [0, 1, 2], list(range(40))]
 
 
+@pytest.mark.parametrize("count", [0, 8])
+def test_no_batch_is_made_and_no_memory_is_held_when_all_ranks_have_left(count: int) -> None:
+    before, loader = shared_mappings(), Counting()
+
+    def work(rank: int, shared: SharedLoader) -> list[int]:
+        found = numbers([shared.load() for _ in range(count)])
+        assert not shared_mappings() <= before
+        shared.leave()
+        for thread in threading.enumerate():
+            if thread.name == "batches for this host":
+                thread.join(TIMEOUT_S)
+                assert not thread.is_alive(), "a host that needs no batches makes them"
+        assert shared_mappings() <= before
+        return found
+
+    assert in_threads(work, size=3, loader=loader) == [list(range(count))] * 3
+    assert loader.made <= (count + 4 + 1 if count else 0)  # what fits the slots, and the one in hand
+
+
+def shared_mappings() -> set[str]:
+    """Shared memory of loaders that this process sees."""
+    return {line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/dsaux-" in line}
+
+
 def test_a_stream_cannot_go_back() -> None:
     def work(rank: int, shared: SharedLoader) -> None:
         shared.load()

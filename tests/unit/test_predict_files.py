@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dsaux.command import run
 from dsaux.data import load_dataset, test_batches
@@ -59,6 +59,19 @@ def test_predict_sees_a_file_as_the_evaluation_does(folder: Path) -> None:
     files = [path for label in sorted((folder / "tree/val").iterdir()) for path in sorted(label.iterdir())]
     seen = torch.cat([read_image(path, card) for path in files])
     assert torch.allclose(seen, images, rtol=0, atol=1e-6)  # order of float32 operations
+
+
+def test_predict_leaves_the_orientation_of_a_photo_as_the_evaluation_does(folder: Path, tmp_path: Path) -> None:
+    card, _ = read_model(folder / "model.pt")
+    photo = next(iter(sorted((write_tree(tmp_path / "tree") / "val/n00").iterdir())))
+    with Image.open(photo) as file:
+        exif, picture = file.getexif(), file.convert("RGB")
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter
+    picture.save(photo, exif=exif)
+    dataset = load_dataset(folder_data(tmp_path / "tree"))
+    batches = test_batches(dataset, loader="torch", replica=0, num_replicas=1, batch_size=1, device="cpu")
+    images, _ = next(iter(batches))
+    assert torch.allclose(read_image(photo, card), images, rtol=0, atol=1e-6)  # order of float32 operations
 
 
 def test_a_class_is_named_after_its_folder(folder: Path, capsys: Any) -> None:
