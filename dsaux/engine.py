@@ -432,8 +432,8 @@ class AuxPipelineEngine(GreedyStepEngine):
 
         With the stages, bounds, replicas and micro-batches that it was written with, what follows is the same to the
         bit; then the next iterator of data must go on at the first batch that this rank has yet to read, number
-        `global_steps`. With others, layers and their optimizer state are dealt anew. Where the run had gone over to exact
-        epochs, this engine does as well.
+        `global_steps`. With others, layers and their optimizer state are dealt anew. Where the run had gone over to
+        exact epochs, this engine does as well.
 
         Args:
             load_dir: folder of the checkpoints, or a run folder.

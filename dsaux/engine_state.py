@@ -78,7 +78,7 @@ def describe_layout(engine: AuxPipelineEngine) -> dict[str, Any]:
 
 
 def is_in_exact_epochs(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of a run that had gone over to exact back-propagation, and not of one under it throughout.
+    """Whether a checkpoint is of a run that had gone over to exact back-propagation, not of one under it throughout.
 
     Args:
         content: its manifest.
