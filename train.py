@@ -13,6 +13,7 @@ from dsaux.checkpoint import find_checkpoint
 from dsaux.config import Config, ConfigError, check_launch, load_config
 from dsaux.config_rules import suggestion
 from dsaux.resume import LATEST, check_start, config_of, plan_start
+from dsaux.run_lock import lock_run
 from dsaux.runtime import Place, run_and_exit, share_cores, start_process_group
 from dsaux.watch import Watch
 
@@ -119,8 +120,11 @@ def main() -> None:
     from dsaux.data import load_dataset
     from dsaux.report import open_report
 
+    lock = lock_run(start.run_dir, is_first=place.rank == 0)
     found = check_start(start, config, launch, is_first=place.rank == 0)
-    report = open_report(config, place=place, run_dir=arguments.run_dir, eval_only=arguments.eval_only, start=start)
+    report = open_report(
+        config, place=place, run_dir=arguments.run_dir, eval_only=arguments.eval_only, start=start, lock=lock
+    )
     if arguments.eval_only:
         config = config.without_auxnet()
         found = find_checkpoint(Path(arguments.run_dir)) if place.rank == 0 else None

@@ -19,6 +19,7 @@ from dsaux.display import RunDisplay
 from dsaux.environment import describe_environment
 from dsaux.metrics import CONFIG_FILE, RunFolder, StageRow, check_saved_run, create_run_folder, open_run_folder
 from dsaux.resume import Start
+from dsaux.run_lock import RunLock, hold_run
 from dsaux.runtime import Place, Stopped
 from dsaux.watch_rules import RunFailedError
 
@@ -33,14 +34,17 @@ class Report:
     Attributes:
         folder: the run folder; None on all ranks but 0.
         display: what a person sees; None on all ranks but 0.
+        lock: of the folder; None on all ranks but 0, and in an evaluation.
     """
 
-    def __init__(self, folder: RunFolder | None, display: RunDisplay | None) -> None:
-        self.folder, self.display = folder, display
+    def __init__(self, folder: RunFolder | None, display: RunDisplay | None, *, lock: RunLock | None = None) -> None:
+        self.folder, self.display, self.lock = folder, display, lock
 
     def __enter__(self) -> Report:
         if self.display:
             self.display.__enter__()
+            if self.lock and self.lock.warning:
+                self.display.warning(self.lock.warning)
         return self
 
     def __exit__(
@@ -52,6 +56,8 @@ class Report:
             text = str(error)
             named = f"{kind.__name__}: {text}" if text else kind.__name__
             self._record(text if kind is RunFailedError else named)
+        if self.lock:
+            self.lock.release()
 
     def failed(self, text: str) -> None:
         """Close the display and record why the run ends; the watch calls it while the main thread is blocked.
@@ -94,7 +100,13 @@ class Report:
 
 
 def open_report(
-    config: Config, *, place: Place, run_dir: str | None, eval_only: bool, start: Start | None = None
+    config: Config,
+    *,
+    place: Place,
+    run_dir: str | None,
+    eval_only: bool,
+    start: Start | None = None,
+    lock: RunLock | None = None,
 ) -> Report:
     """Make or open the run folder and the display on rank 0; call it on every rank, before any process group.
 
@@ -104,9 +116,10 @@ def open_report(
         run_dir: the folder to use; None takes a numbered one under runs/.
         eval_only: evaluate the run in `run_dir` instead of starting one.
         start: where the run starts from, for one that goes on; it may do so in its own folder.
+        lock: of that folder, if it is held already; the report keeps it to the end of the run.
 
     Raises:
-        ConfigError: on rank 0, if the folder does not fit.
+        ConfigError: on rank 0, if the folder does not fit, or another run is at work in it.
     """
     if run_dir is not None and not run_dir.strip():
         raise ConfigError(
@@ -125,9 +138,11 @@ def open_report(
         folder.event("eval_only", environment=environment)
     else:
         if start is not None and start.run_dir is not None:
+            lock = lock or hold_run(start.run_dir)
             folder = open_run_folder(start.run_dir)
         else:
             folder = create_run_folder(Path(run_dir) if run_dir is not None else None, settings.run.name)
+            lock = hold_run(folder.path)
         folder.write_config(config.to_dict())
         folder.write_environment(environment)
     display = RunDisplay(
@@ -137,7 +152,7 @@ def open_report(
         stages=settings.pipeline.stages,
         replicas=place.world_size // settings.pipeline.stages,
     )
-    return Report(folder, display)
+    return Report(folder, display, lock=lock)
 
 
 def _check_evaluation(config: Config, run_dir: str | None) -> None:

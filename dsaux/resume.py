@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _MUST_AGREE = (
     "dsaux.data.augment",
     "dsaux.data.cutout",
     "dsaux.data.rand_augment",
+    "dsaux.data.color",
     "dsaux.run.seed",
 )
 """Keys without which the step of a checkpoint would mean another place in another stream of images."""
@@ -96,7 +98,11 @@ def _plan_latest(given: Path | None, name: str) -> Start:
         has_run = (given / CONFIG_FILE).is_file()
         source = given if has_checkpoint(given) else None
         return Start(source=source, run_dir=given) if has_run or source else Start()
-    folders = [path for path in Path(RUNS_FOLDER).glob(f"{name}*") if _is_of(path.name, name) and has_checkpoint(path)]
+    folders = [
+        path
+        for path in Path(RUNS_FOLDER).glob(f"{glob.escape(name)}*")
+        if _is_of(path.name, name) and has_checkpoint(path)
+    ]
     if not folders:
         return Start()
     newest = max(folders, key=lambda path: (path / CHECKPOINT_FOLDER).stat().st_mtime)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import glob
 import os
 import resource
 import signal
@@ -190,7 +191,7 @@ def _unlink_shared_buffers() -> None:
     runs fill the machine's memory. Without a name the memory goes with the last process that uses it.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    for path in Path("/dev/shm").glob(f"deepspeed_*_{address}_{port}_{os.environ['RANK']}"):
+    for path in Path("/dev/shm").glob(f"deepspeed_*_{glob.escape(address)}_{port}_{os.environ['RANK']}"):
         path.unlink(missing_ok=True)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from dsaux.checkpoint import partial_folder, publish, write_file
-from dsaux.config import Config, ConfigError, Launch, config_from_dict
+from dsaux.config import Config, ConfigError, DataConfig, Launch, config_from_dict
 from dsaux.resume import Start, _check_agreement, changes_since, check_start, config_of, plan_start
 
 DOCUMENT = {
@@ -81,6 +83,14 @@ def test_latest_is_the_newest_run_of_this_name() -> None:
     assert plan_start("latest", run_dir=None, name="a") == Start(source=second, run_dir=second)
 
 
+@pytest.mark.parametrize("name", ["lr[0.1]", "what?", "*", "a [b]"])
+def test_latest_finds_a_run_whose_name_would_mean_something_in_a_pattern(name: str) -> None:
+    make_run("runs/other", steps=(3,))
+    make_run(f"runs/{name}", steps=(3,), age_s=100)
+    second = make_run(f"runs/{name}-2", steps=(3,))
+    assert plan_start("latest", run_dir=None, name=name) == Start(source=second, run_dir=second)
+
+
 def test_latest_starts_anew_where_there_is_nothing() -> None:
     assert plan_start("latest", run_dir=None, name="a") == Start()
     assert plan_start("latest", run_dir="runs/a", name="a") == Start()
@@ -108,16 +118,55 @@ def test_the_configuration_is_found_from_run_and_checkpoint() -> None:
     assert config_of("latest", run_dir=None) is None
 
 
+SAME_STREAM = {
+    "root": "elsewhere",
+    "download": "false",
+    "verify": "false",
+    "loader": "dali",
+    "workers": "2",
+    "decode": "once_per_node",
+    "test_samples": "99",
+    "guard_every": "7",
+}
+"""Keys of the data block with which the run still goes on through the same samples, each with another value."""
+OTHER_STREAM = {
+    "name": "cifar10",
+    "train_samples": "99",
+    "image_size": "16",
+    "context": "32",
+    "augment": "false",
+    "cutout": "4",
+    "rand_augment": "2",
+    "color": "0.4",
+}
+"""The others."""
+
+
+def test_of_every_key_of_the_data_it_is_known_whether_it_may_change() -> None:
+    keys = {key.name for key in fields(DataConfig)}
+    assert set(SAME_STREAM) | set(OTHER_STREAM) == keys, "say of a new key whether --resume may change it"
+    assert not set(SAME_STREAM) & set(OTHER_STREAM)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| `data."))
+    assert set(re.findall(r"`data\.(\w+)`", row)) == set(SAME_STREAM)
+
+
+@pytest.mark.parametrize(("key", "value"), SAME_STREAM.items())
+def test_a_key_that_leaves_the_stream_of_samples_may_change_and_is_named(key: str, value: str, config: Config) -> None:
+    run = make_run("runs/a", steps=(3,), config=config)
+    other = config_from_dict(DOCUMENT, overrides=[f"dsaux.data.{key}={value}"])
+    found = check_start(Start(source=run), other, LAUNCH, is_first=True)
+    assert found is not None
+    assert f"dsaux.data.{key} " in changes_since(found.content, other)[0]
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("model.name", '"resnet14"'),
-        ("data.train_samples", "99"),
-        ("data.augment", "false"),
-        ("data.cutout", "4"),
-        ("data.rand_augment", "2"),
         ("run.seed", "5"),
+        *((f"data.{key}", value) for key, value in OTHER_STREAM.items()),
     ],
 )
 def test_another_network_or_stream_is_refused_on_every_rank(
