@@ -34,7 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ds_config",
         metavar="FILE",
-        help="DeepSpeed JSON with a dsaux block; may be left out where --resume or --run_dir names a run",
+        help="DeepSpeed JSON with a dsaux block; may be left out where --resume, or --run_dir with --eval_only, names "
+        "a run",
     )
     parser.add_argument(
         "--set",
@@ -55,8 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dry_run",
         nargs="?",
-        const=0,
-        type=int,
+        const="",
         metavar="PROCESSES",
         help="build everything, print the partition, the AuxNet's share, step and memory predicted for that many "
         "processes (default: those that were started; of a single one, one for each stage), and train nothing",
@@ -67,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     if unknown:
         options = ["--ds_config", "--set", "--run_dir", "--resume", "--dry_run", "--eval_only"]
         raise ConfigError(f"{unknown[0]} is not an option of train.py. {suggestion(unknown[0], options)}")
+    arguments.dry_run = _processes(arguments.dry_run)
     if arguments.eval_only and arguments.run_dir is None:
         raise ConfigError("--eval_only needs --run_dir. Give the folder of a run that has saved a checkpoint.")
     if arguments.eval_only and arguments.resume is not None:
@@ -80,8 +81,20 @@ def parse_arguments() -> argparse.Namespace:
                 "in it. Give the folder of a run, or --ds_config as well."
             )
     if arguments.ds_config is None:
-        raise ConfigError("--ds_config is missing. Give a file, e.g. --ds_config ds_configs/quickstart.json.")
+        raise ConfigError(
+            "--ds_config is missing. Give a file, e.g. --ds_config ds_configs/quickstart.json; --resume, or --run_dir "
+            "with --eval_only, takes the one of the run."
+        )
     return arguments
+
+
+def _processes(given: str | None) -> int | None:
+    """The number of a dry run: 0 where none is given, None where it is no dry run."""
+    if not given:
+        return None if given is None else 0
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"--dry_run is {given}; it must be a whole number >= 1, the processes. Change it.")
+    return int(given)
 
 
 def show_dry_run(config: Config, place: Place, *, processes: int) -> None:
@@ -93,7 +106,8 @@ def show_dry_run(config: Config, place: Place, *, processes: int) -> None:
         processes: of the run; 0 for those that were started, and one for each stage where that is a single one.
     """
     started = config.dsaux.pipeline.stages if place.world_size == 1 else place.world_size
-    launch = check_launch(config, world_size=processes or started, needs_data=False)
+    asked_by = f"--dry_run {processes}" if processes else None
+    launch = check_launch(config, world_size=processes or started, needs_data=False, asked_by=asked_by)
     if place.rank != 0:
         return
     import torch

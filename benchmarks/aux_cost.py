@@ -12,20 +12,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from dsaux.aux_cost import AuxCost, aux_cost
-from dsaux.config_rules import ConfigError
+from dsaux.config_rules import ConfigError, Rule
 from dsaux.models import build_layers
 from dsaux.models.auxnet import SEGMENTS
 
 SMALL, LARGE = 32, 64
 """Up to LARGE pixels an image counts as CIFAR's, with 10 classes, else as ImageNet's, with 1,000."""
+MOST = 100
+"""Depth and width of a segment, as in a run."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,8 @@ DEFAULT = (
 def main() -> int:
     """Print the table; 2 if the command line names what there is not."""
     arguments = parse_arguments()
-    cases: Iterable[Case] = DEFAULT
-    if arguments.model:
-        grid = itertools.product(arguments.model, arguments.stages, arguments.segment, arguments.width)
-        cases = [Case(*point, arguments.image_size, arguments.depth) for point in grid]
     try:
-        rows = [row(case, case.cost()) for case in cases]
+        rows = [row(case, case.cost()) for case in cases_of(arguments)]
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,13 +89,49 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=[], metavar="NAME", help="networks (a list of well-known ones)")
-    parser.add_argument("--stages", nargs="+", type=int, default=[4], metavar="K", help="numbers of stages (4)")
-    parser.add_argument("--segment", nargs="+", choices=SEGMENTS, default=list(SEGMENTS), help="segments (all)")
-    parser.add_argument("--width", nargs="+", type=float, default=[1.0], help="values of dsaux.aux.width (1)")
-    parser.add_argument("--depth", type=int, default=1, help="dsaux.aux.depth (1)")
-    parser.add_argument("--image_size", type=int, default=SMALL, help=f"side of the images in pixels ({SMALL})")
+    parser.add_argument("--stages", nargs="+", type=int, metavar="K", help="numbers of stages (4)")
+    parser.add_argument("--segment", nargs="+", choices=SEGMENTS, help="segments (all)")
+    parser.add_argument("--width", nargs="+", type=float, help="values of dsaux.aux.width (1)")
+    parser.add_argument("--depth", type=int, help="dsaux.aux.depth (1)")
+    parser.add_argument("--image_size", type=int, help=f"side of the images in pixels ({SMALL})")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
     return parser.parse_args()
+
+
+def cases_of(arguments: argparse.Namespace) -> Sequence[Case]:
+    """The lines that a command line asks for.
+
+    Raises:
+        ConfigError: if a number means no network, or an option has no effect.
+    """
+    for name, (low, high) in {"stages": (1, None), "depth": (1, MOST), "image_size": (1, None)}.items():
+        check_numbers(name, getattr(arguments, name), rule=Rule("int", low=low, high=high))
+    check_numbers("width", arguments.width, rule=Rule("number", low=0, open_low=True, high=MOST))
+    if not arguments.model:
+        for name in ("stages", "segment", "width", "depth", "image_size"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name} has no effect without --model. Name a network, such as --model resnet50.")
+        return DEFAULT
+    grid = itertools.product(
+        arguments.model,
+        arguments.stages or [4],
+        arguments.segment or SEGMENTS,
+        arguments.width or [1.0],
+        [arguments.image_size or SMALL],
+        [arguments.depth or 1],
+    )
+    return [Case(*point) for point in grid]
+
+
+def check_numbers(name: str, given: Any, *, rule: Rule) -> None:
+    """Hold the numbers of an option, if it was given, against their rule.
+
+    Raises:
+        ConfigError: for the first that breaks it.
+    """
+    for value in given if isinstance(given, list) else [given]:
+        if value is not None and not rule.allows(value):
+            raise ConfigError(f"--{name} is {value:g}; it must be {rule.describe()}. Change it.")
 
 
 def row(case: Case, cost: AuxCost) -> tuple[str, ...]:

@@ -75,9 +75,15 @@ class Study:
 
 
 def main() -> int:
-    """Run what is missing, seed by seed; 1 if a run could not be measured."""
+    """Run what is missing, seed by seed; 1 if a run could not be measured, 2 for wrong input."""
     arguments = parse_arguments()
-    studies = [read_study(config, arguments.set, only=arguments.only) for config in arguments.ds_config]
+    try:
+        studies = [read_study(config, arguments.set, only=arguments.only) for config in arguments.ds_config]
+        for study in studies:
+            missing(study, seeds.read_lines(arguments.out), seed=arguments.seeds[0])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     lost = 0
     # Seeds outside: the whole grid has one seed before any point has two.
     for seed in arguments.seeds:

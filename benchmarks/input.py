@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 from seeds import append_line
 
-from dsaux.config import DataConfig
-from dsaux.data import ImageDataset, ReplicaStream, load_dataset
+from dsaux.config import ConfigError, DataConfig
+from dsaux.data import ImageDataset, ReplicaStream, check_dataset, load_dataset
 from dsaux.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,8 +78,25 @@ class Plan:
 
 
 def main() -> int:
-    """Measure, print, append the lines."""
+    """Measure, print, append the lines; 2 for a data set that is not there."""
     plan, out = parse_arguments()
+    try:
+        for name in plan.datasets:  # before any is measured
+            if name in FILES:
+                check_dataset(DataConfig(name=name, root=plan.root, loader="torch"))
+        measure_all(plan, out)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure_all(plan: Plan, out: Path) -> None:
+    """Measure one data set after the other.
+
+    Raises:
+        ConfigError: if one cannot be had.
+    """
     torch.set_num_threads(plan.threads)
     environment = describe_environment(world_size=1)
     for name in plan.datasets:
@@ -95,7 +112,6 @@ def main() -> int:
         for row in rows:
             append_line(out, row)
         Console(width=None if sys.stdout.isatty() else 150).print(rich_table(rows))
-    return 0
 
 
 def parse_arguments() -> tuple[Plan, Path]:
@@ -142,10 +158,11 @@ def _files(name: str) -> Callable[[Plan], Any]:
     return lambda plan: load_dataset(DataConfig(name=name, root=plan.root))
 
 
+FILES = ("imagenet", "folder")
 DATASETS: dict[str, Callable[[Plan], Any]] = {
     **{name: _in_memory(name) for name in ("photos", "cifar10", "cifar100")},
     "pictures": _pictures,
-    **{name: _files(name) for name in ("imagenet", "folder")},
+    **{name: _files(name) for name in FILES},
 }
 """How each data set is made; photos are as large as CIFAR's images and pictures as ImageNet's, and need no files."""
 

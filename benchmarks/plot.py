@@ -32,8 +32,11 @@ CurveKey = tuple[str, str, tuple[str, ...]]
 
 
 def main() -> int:
-    """Draw one figure; 1 if there is nothing to draw."""
+    """Draw one figure; 1 if there is nothing to draw, 2 for wrong input."""
     arguments = parse_arguments()
+    if (wrong := what_is_wrong(arguments)) is not None:
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
     try:
         if arguments.figure == "choices":
             rows = data_of(arguments.data or CHOICES, command="benchmarks/choices.py")
@@ -62,6 +65,19 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.figure == "accuracy" and not arguments.suite:
         parser.error("accuracy needs --suite NAME, once or more.")
     return arguments
+
+
+def what_is_wrong(arguments: argparse.Namespace) -> str | None:
+    """What the command line asks for that is not there or would have no effect; None if nothing is."""
+    endings = (".pdf", ".png", ".svg")
+    if arguments.out is not None and arguments.out.suffix not in endings:
+        return f"--out is {arguments.out}; a figure is written as one of {', '.join(endings)}. Change its ending."
+    for option, value in (("--data", arguments.data), ("--suite", arguments.suite)):
+        if value and arguments.figure in duel_figures.FIGURES:
+            return f"{option} has no effect on {arguments.figure}, which has its own files. Leave it out."
+    if arguments.data is not None and not arguments.data.is_file():
+        return f"--data {arguments.data} is missing or no file. Give one that the benchmarks have written."
+    return None
 
 
 # ---- choices --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Lines go to benchmarks/results/; `benchmarks/report.py` makes the README's table
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dsaux.config import ConfigError, load_config
 from dsaux.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,8 +27,14 @@ Row = dict[str, Any]
 
 
 def main() -> int:
-    """Run all combinations one after the other; 1 if any failed."""
+    """Run all combinations one after the other; 1 if any failed, 2 for a configuration that none can have."""
     arguments = parse_arguments()
+    try:
+        for seed, config in itertools.product(arguments.seeds, arguments.ds_config):
+            load_config(config, overrides=[f"dsaux.run.seed={seed}", *arguments.set])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     failed = 0
     # Seeds outside, configurations inside: a slow hour of the machine meets all contestants.
     for seed in arguments.seeds:

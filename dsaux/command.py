@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 
 from dsaux.config_rules import ConfigError
@@ -46,6 +48,29 @@ def console() -> Console:
     """Standard output; colours on a terminal only."""
     # Said outright: rich would also take FORCE_COLOR in a batch job for a terminal.
     return Console(force_terminal=sys.stdout.isatty(), highlight=False)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Gives a function that says on standard error what is being done: once, or in one line of a terminal.
+
+    No thread draws that line: it would take time from what is measured.
+    """
+    if sys.stderr.isatty():
+        out = Console(stderr=True, force_terminal=True, highlight=False)
+        with Live(
+            console=out, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+        ) as live:
+            yield lambda text: live.update(Text(text, style="dim", no_wrap=True), refresh=True)
+        return
+    known: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in known:
+            known.add(text)
+            print(text, file=sys.stderr, flush=True)
+
+    yield say
 
 
 def show_summary(out: Console, title: str, rows: Sequence[tuple[str, Text | str]]) -> None:

@@ -20,6 +20,8 @@ from dsaux.config_rules import ConfigError
 from dsaux.runtime import EXIT_BAD_INPUT
 
 TEMPLATE = Path(__file__).parent / "templates" / "slurm.sbatch"
+_LAST_OPTION = "--resume latest"
+"""In the template: the last of train.py's options, before those of sbatch's command line."""
 _TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 
 
@@ -48,12 +50,13 @@ class Resources:
     account: str | None = None
 
 
-def slurm_script(resources: Resources, *, ds_config: str) -> str:
+def slurm_script(resources: Resources, *, ds_config: str, overrides: Sequence[str] = ()) -> str:
     """The batch script.
 
     Args:
         resources: what to ask for.
         ds_config: configuration that it trains unless DS_CONFIG says otherwise.
+        overrides: as of `load_config`; those of sbatch's command line come behind them.
     """
     options = {
         "job-name": resources.job_name,
@@ -71,6 +74,9 @@ def slurm_script(resources: Resources, *, ds_config: str) -> str:
     script = kept[0] + head + "".join(kept[1:])
     given = f': "${{DS_CONFIG:={_quoted(ds_config)}}}"'
     script = re.sub(r': "\$\{DS_CONFIG:=[^}]*\}"', lambda _: given, script, count=1)
+    if overrides:
+        sets = " ".join(f"--set {shlex.quote(override)}" for override in overrides)
+        script = script.replace(f'{_LAST_OPTION} "$@"', f'{_LAST_OPTION} {sets} "$@"', 1)
     if resources.gpus_per_node == 0:
         script = script.replace("\nset -euo pipefail\n", "\nset -euo pipefail\nexport DS_ACCELERATOR=cpu\n", 1)
     return script
@@ -102,17 +108,50 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m dsaux.launch", description="Batch scripts for given resources.")
     commands = parser.add_subparsers(dest="command", required=True)
     slurm = commands.add_parser("slurm", help="a script for sbatch", allow_abbrev=False)
-    slurm.add_argument("--nodes", type=int, required=True)
-    slurm.add_argument("--gpus_per_node", type=int, required=True, help="one process each; 0 trains on CPUs")
-    slurm.add_argument("--tasks_per_node", type=int, help="processes of each node, without GPUs (default: 1)")
-    slurm.add_argument("--ds_config", required=True, metavar="FILE")
-    slurm.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train.py, for the check")
-    slurm.add_argument("--cpus_per_task", type=int, default=8)
-    slurm.add_argument("--time", default="24:00:00")
-    slurm.add_argument("--job_name", default="dsaux")
-    slurm.add_argument("--partition")
-    slurm.add_argument("--account")
+    slurm.add_argument("--nodes", type=int, required=True, metavar="N", help="how many machines the job asks for")
+    slurm.add_argument(
+        "--gpus_per_node",
+        "--gpus-per-node",
+        type=int,
+        required=True,
+        metavar="N",
+        help="GPUs of each node, one process each; 0 trains on CPUs",
+    )
+    slurm.add_argument(
+        "--tasks_per_node",
+        "--tasks-per-node",
+        "--ntasks-per-node",
+        type=int,
+        metavar="N",
+        help="processes of each node, without GPUs (default: 1)",
+    )
+    slurm.add_argument("--ds_config", required=True, metavar="FILE", help="configuration that the job trains")
+    slurm.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train.py, in every start")
+    slurm.add_argument(
+        "--cpus_per_task",
+        "--cpus-per-task",
+        type=int,
+        default=Resources.cpus_per_task,
+        metavar="N",
+        help="cores of each process (default: %(default)s)",
+    )
+    slurm.add_argument(
+        "--time",
+        default=Resources.time,
+        metavar="LIMIT",
+        help="longest time of one start, such as 2-12:00:00 (default: %(default)s)",
+    )
+    slurm.add_argument(
+        "--job_name",
+        "--job-name",
+        default=Resources.job_name,
+        metavar="NAME",
+        help="name of the job in the queue (default: %(default)s)",
+    )
+    slurm.add_argument("--partition", metavar="NAME", help="of the cluster's nodes (default: the cluster's own)")
+    slurm.add_argument("--account", metavar="NAME", help="who pays for the job (default: your own)")
     slurm.add_argument("--out", metavar="FILE", help="where to write (default: standard output)")
+    slurm.add_argument("--force", action="store_true", help="replace --out if it is there")
     return parser.parse_args(arguments)
 
 
@@ -128,7 +167,9 @@ def _resources(given: argparse.Namespace) -> Resources:
             "process a GPU. Leave --tasks_per_node out."
         )
     if not _TIME.fullmatch(given.time):
-        raise ConfigError(f"--time is {given.time!r}; it must be a limit of Slurm's such as 24:00:00 or 2-12:00:00.")
+        raise ConfigError(
+            f"--time is {given.time!r}; it must be a limit of Slurm's such as 24:00:00 or 2-12:00:00. Change it."
+        )
     for name in ("job_name", "partition", "account"):
         value = getattr(given, name)
         if value is not None and (not value or shlex.quote(value) != value):
@@ -155,12 +196,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
     resources = _resources(given)
     config = load_config(given.ds_config, overrides=given.set)
     processes = resources.nodes * resources.tasks_per_node
-    launch = check_launch(config, world_size=processes, needs_data=False)
-    script = slurm_script(resources, ds_config=given.ds_config)
+    per_node = "gpus_per_node" if resources.gpus_per_node else "tasks_per_node"
+    asked_by = f"--nodes {resources.nodes} x --{per_node} {resources.tasks_per_node}"
+    launch = check_launch(config, world_size=processes, needs_data=False, asked_by=asked_by)
+    script = slurm_script(resources, ds_config=given.ds_config, overrides=given.set)
     if given.out is None:
         sys.stdout.write(script)
     else:
         path = Path(given.out)
+        if path.exists() and not given.force:
+            raise ConfigError(f"--out {path} is there already. Give another path, or --force to replace it.")
         try:
             path.write_text(script, encoding="utf-8")
             path.chmod(0o755)

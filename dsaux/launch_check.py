@@ -48,13 +48,14 @@ class Launch:
     gradient_accumulation_steps: int
 
 
-def check_launch(config: Config, *, world_size: int, needs_data: bool = True) -> Launch:
+def check_launch(config: Config, *, world_size: int, needs_data: bool = True, asked_by: str | None = None) -> Launch:
     """Fits a configuration to a number of processes.
 
     Args:
         config: the checked configuration.
         world_size: processes.
         needs_data: look for the data set's files and its loader as well; a dry run does without.
+        asked_by: the option that names the processes, where they were not started.
 
     DeepSpeed's rules fill in what is missing of train_batch_size, train_micro_batch_size_per_gpu and
     gradient_accumulation_steps, but a division with a remainder, which DeepSpeed rounds or asserts, is
@@ -63,35 +64,23 @@ def check_launch(config: Config, *, world_size: int, needs_data: bool = True) ->
     Raises:
         ConfigError: for the first thing that does not fit.
     """
-    from dsaux.data import check_dataset, sample_counts
+    from dsaux.data import check_data_settings, check_dataset, sample_counts
     from dsaux.size_check import check_sizes
 
     check_sizes(config)
     check_partition(config)
     stages = config.dsaux.pipeline.stages
     if world_size < 1 or world_size % stages != 0:
-        started = f"{world_size} process was" if world_size == 1 else f"{world_size} processes were"
-        most = max(-(-world_size // stages), 3)
-        starts = [str(stages * times) for times in range(most - 2, most + 1)]
-        raise ConfigError(
-            f"dsaux.pipeline.stages is {stages} but {started} started; it must divide them."
-            f" Start {starts[0]}, {starts[1]} or {starts[2]}, or change stages."
-        )
+        raise ConfigError(_wrong_count(world_size, stages=stages, asked_by=asked_by))
     replicas = world_size // stages
     train, micro, steps = _batch_sizes(config.deepspeed, replicas=replicas)
     if micro < _SMALLEST_MICRO_BATCH:
-        raise ConfigError(
-            f"the micro-batch of a replica has {micro} sample (train_batch_size {train} over {steps} gradient"
-            f" accumulation steps and {replicas} replicas); BatchNorm needs at least {_SMALLEST_MICRO_BATCH}."
-            f" Set train_batch_size to {_SMALLEST_MICRO_BATCH * steps * replicas} or more, or take fewer"
-            " steps or replicas."
-        )
+        _check_single_samples(config, train=train, steps=steps, replicas=replicas)
     samples, _ = sample_counts(config.dsaux.data)  # once: a data set on disk is listed for it
     check_samples(samples, train_batch_size=train)
     _check_switch(config, steps_per_epoch=samples // train)
     _check_warmup(config, steps_per_epoch=samples // train)
-    if needs_data:
-        check_dataset(config.dsaux.data)
+    (check_dataset if needs_data else check_data_settings)(config.dsaux.data)
     _check_monitors(config.deepspeed)
     _check_timers(config)
     _check_gpu_optimizer(config.deepspeed["optimizer"]["type"])
@@ -102,6 +91,46 @@ def check_launch(config: Config, *, world_size: int, needs_data: bool = True) ->
         train_batch_size=train,
         micro_batch_size=micro,
         gradient_accumulation_steps=steps,
+    )
+
+
+def _wrong_count(world_size: int, *, stages: int, asked_by: str | None) -> str:
+    """The error about a number of processes that the stages do not divide."""
+    most = max(-(-world_size // stages), 3)
+    counts = [str(stages * times) for times in range(most - 2, most + 1)]
+    processes, were = ("process", "was") if world_size == 1 else ("processes", "were")
+    if asked_by is None:
+        given, mend = f"{world_size} {processes} {were} started", "Start"
+    else:
+        given, mend = f"{asked_by} asks for {world_size} {processes}", "Ask for"
+    alone = f", such as deepspeed --num_gpus {stages} train.py ..." if asked_by is None and world_size == 1 else ""
+    return (
+        f"dsaux.pipeline.stages is {stages} but {given}; it must divide them."
+        f" {mend} {counts[0]}, {counts[1]} or {counts[2]}{alone}, or change stages."
+    )
+
+
+def _check_single_samples(config: Config, *, train: int, steps: int, replicas: int) -> None:
+    """Refuses micro-batches of one sample where there is a BatchNorm; the mend changes keys that were given."""
+    from dsaux.models.batchnorm_use import batchnorm_owner
+
+    owner = batchnorm_owner(config)
+    if owner is None:
+        return
+    given = {key for key, value in config.deepspeed.items() if value is not None}
+    size, total = "train_micro_batch_size_per_gpu", "train_batch_size"
+    if size not in given:
+        mend = f"{total} to {_SMALLEST_MICRO_BATCH * steps * replicas} or more, or take fewer steps or replicas"
+    elif total not in given:
+        mend = f"{size} to {_SMALLEST_MICRO_BATCH} or more"
+    else:
+        parts = _SMALLEST_MICRO_BATCH * replicas * (steps if "gradient_accumulation_steps" in given else 1)
+        whole = -(-train // parts) * parts
+        mend = f"{size} to {_SMALLEST_MICRO_BATCH}" + (f" and {total} to {whole}" if whole != train else "")
+    raise ConfigError(
+        f"the micro-batch of a replica has 1 sample (train_batch_size {train} over {steps} gradient accumulation steps"
+        f" and {replicas} replicas); {owner}'{'' if owner.endswith('s') else 's'} BatchNorm needs at least"
+        f" {_SMALLEST_MICRO_BATCH}. Set {mend}."
     )
 
 

@@ -281,7 +281,7 @@ def balance(
         following: dict[tuple[_Kind | None, ...], tuple[float, np.ndarray, list[np.ndarray]]] = {}
         for path, (prefix, best, history) in states.items():
             source = path[-1] if path else None
-            for kind in dict.fromkeys(kinds):
+            for kind in dict.fromkeys(kinds[:-1]):  # the network's output is no boundary
                 aux = prefix + (cost_of(source, kind) if segments is not None and kind is not None else 0.0)
                 own = aux + (heads(kind) if heads is not None and kind is not None else 0.0)
                 if not np.isfinite(own):

@@ -17,12 +17,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsaux.command import Parser, run
+from dsaux.command import Parser, progress, run
 from dsaux.config import Config, load_config
 from dsaux.config_rules import ConfigError, show
 from dsaux.plan_show import show_plan
@@ -146,12 +146,13 @@ def global_batch_of(config: Config) -> int:
     return int(batch)
 
 
-def measure_config(config: Config, *, devices: int) -> Workload:
+def measure_config(config: Config, *, devices: int, say: Callable[[str], None]) -> Workload:
     """Measure a configuration's network here and now.
 
     Args:
         config: the checked configuration.
         devices: how many the plan is for; on a CPU as many of this machine's cores are kept busy meanwhile.
+        say: is told what is being timed, also by what is measured later.
 
     Raises:
         ConfigError: if the data set or the network cannot be had.
@@ -192,6 +193,7 @@ def measure_config(config: Config, *, devices: int) -> Workload:
         make_head=_make_head,
         timed_up_to=timed_up_to,
         neighbours=neighbours,
+        say=say,
     )
     return replace(workload, network=settings.model.name)
 
@@ -232,16 +234,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory_bytes = math.inf if arguments.memory is None else float(parse_memory(arguments.memory))
     config = load_config(arguments.ds_config, overrides=arguments.set)
     global_batch_of(config)
-    if arguments.times is None:
-        workload = measure_config(config, devices=arguments.gpus)
-    else:
-        workload = from_json(_read(arguments.times), source=str(arguments.times))
-        if workload.network != config.dsaux.model.name:
-            raise ConfigError(
-                f"--times {arguments.times} holds times of {show(workload.network)}, but dsaux.model.name is "
-                f"{show(config.dsaux.model.name)}. Give times of that network."
-            )
-    plan = make_plan(config, workload, devices=arguments.gpus, link=link, memory_bytes=memory_bytes)
+    with progress() as say:
+        if arguments.times is None:
+            workload = measure_config(config, devices=arguments.gpus, say=say)
+        else:
+            workload = from_json(_read(arguments.times), source=f"--times {arguments.times}")
+            if workload.network != config.dsaux.model.name:
+                raise ConfigError(
+                    f"--times {arguments.times} holds times of {show(workload.network)}, but dsaux.model.name is "
+                    f"{show(config.dsaux.model.name)}. Give times of that network."
+                )
+        plan = make_plan(config, workload, devices=arguments.gpus, link=link, memory_bytes=memory_bytes)
     if arguments.save_times is not None:
         _write(arguments.save_times, times_to_json(workload))
     if arguments.json:

@@ -71,9 +71,20 @@ def from_json(text: str, *, source: str = "the times") -> Workload:
         return _from_document(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{source} cannot be read as measured times ({type(error).__name__}: {error}). Give a file that "
+            f"{source} cannot be read as measured times: {_reason(error)}. Give a file that "
             "python -m dsaux.plan --save_times wrote."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case json.JSONDecodeError():
+            return f"it is no JSON ({error})"
+        case KeyError():
+            return f"it has no entry {show(error.args[0])}"
+        case ValueError():
+            return str(error)
+    return "it is built otherwise"
 
 
 def _cost_to_json(cost: SegmentCost) -> dict[str, Any] | None:

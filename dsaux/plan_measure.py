@@ -48,6 +48,7 @@ def measure_workload(
     make_head: Callable[[SampleSpec, SampleSpec], nn.Module] | None = None,
     timed_up_to: int = 0,
     neighbours: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> Workload:
     """Measure a network here and now; more sizes are measured when they are asked for.
 
@@ -65,13 +66,16 @@ def measure_workload(
             none; None takes heads as free.
         timed_up_to: largest micro-batch to time, larger ones are scaled from it; 0 times all.
         neighbours: processes that compute on other cores meanwhile, on a CPU: the ranks beside one.
+        say: is told what is being timed, now and later.
     """
+    say = say or (lambda _: None)
     if device.type == "cpu":
         keep_freed_memory()  # as ranks do
     meter = _Meter(
-        layers, as_spec(input_spec), device=device, seed=seed, timed_up_to=timed_up_to, neighbours=neighbours
+        layers, as_spec(input_spec), device=device, seed=seed, timed_up_to=timed_up_to, neighbours=neighbours, say=say
     )
     costs = meter.costs()
+    say("timing the optimizer")
     update_s_per_byte = meter.update_s_per_byte(optimizer)
     parameter_bytes = tuple(_NUMBER * cost.parameters for cost in costs)
 
@@ -82,13 +86,17 @@ def measure_workload(
         return make_segment(start, end, kind=aux_segment, depth=aux_depth, width=aux_width, first=first), start
 
     def segment_cost(source: int | None, target: int, size: int) -> SegmentCost:
-        return meter.part_cost(lambda: make_aux(source, target), size, update_s_per_byte=update_s_per_byte)
+        return meter.part_cost(
+            lambda: make_aux(source, target), size, update_s_per_byte=update_s_per_byte, name="AuxNet segments"
+        )
 
     def head_cost(cut: int, size: int) -> SegmentCost:
         assert make_head is not None
         spec = meter.after[cut - 1]
         make = make_head
-        return meter.part_cost(lambda: (make(spec, meter.after[-1]), spec), size, update_s_per_byte=update_s_per_byte)
+        return meter.part_cost(
+            lambda: (make(spec, meter.after[-1]), spec), size, update_s_per_byte=update_s_per_byte, name="local heads"
+        )
 
     numbers = {spec: number for number, spec in enumerate(dict.fromkeys(meter.after))}
     return Workload(
@@ -130,10 +138,12 @@ class _Meter:
         seed: int,
         timed_up_to: int,
         neighbours: int,
+        say: Callable[[str], None],
     ) -> None:
         self.network, self.spec, self.device, self.seed, self.timed_up_to = layers, spec, device, seed, timed_up_to
         self.after = boundary_specs(layers, input_spec=spec)
         self.before = [spec, *self.after[:-1]]
+        self._say = say
         self._neighbours = Neighbours(neighbours, threads=torch.get_num_threads())
         self._known: dict[int, tuple[tuple[LayerTimes, ...], LayerTimes]] = {}
 
@@ -145,6 +155,7 @@ class _Meter:
     def split_at(self, size: int) -> BackwardSplit:
         """What taking the backward pass of the whole network apart costs."""
         timed, _ = self._timed(size)
+        self._say_timing("the backward pass in two halves", timed)
         with self._busy_neighbours(timed):
             return measure_split(self._chain(), self.spec, micro_batch_size=timed, device=self.device)
 
@@ -155,7 +166,7 @@ class _Meter:
         ]
 
     def part_cost(
-        self, make: Callable[[], tuple[nn.Module, SampleSpec]], size: int, *, update_s_per_byte: float
+        self, make: Callable[[], tuple[nn.Module, SampleSpec]], size: int, *, update_s_per_byte: float, name: str
     ) -> SegmentCost:
         """Measure a segment of the AuxNet or a head, and count it; `IMPOSSIBLE` where there is none."""
         try:
@@ -165,6 +176,7 @@ class _Meter:
         except ValueError:
             return IMPOSSIBLE
         timed, scale = self._timed(size)
+        self._say_timing(name, timed)
         times = measure(module, spec, micro_batch_size=timed, device=self.device)
         _, ratio = self._measured(timed)
         sizes = chain_cost([lambda: make()[0]], input_spec=spec)
@@ -199,6 +211,7 @@ class _Meter:
     def _measured(self, timed: int) -> tuple[tuple[LayerTimes, ...], LayerTimes]:
         """Times of all layers at a size that is timed, and what they were multiplied by to come to the chain's."""
         if timed not in self._known:
+            self._say_timing("layers", timed)
             alone = layer_times(self.network, self.before, micro_batch_size=timed, device=self.device, seed=self.seed)
             with self._busy_neighbours(timed):
                 chain = measure(self._chain(), self.spec, micro_batch_size=timed, device=self.device)
@@ -211,6 +224,9 @@ class _Meter:
             )
             self._known[timed] = scaled, ratio
         return self._known[timed]
+
+    def _say_timing(self, what: str, samples: int) -> None:
+        self._say(f"timing {what}, {samples} sample{'s' * (samples != 1)}")
 
     def _busy_neighbours(self, size: int) -> contextlib.AbstractContextManager[None]:
         """The ranks beside this one at work, with activations of the size that the network's have on average."""

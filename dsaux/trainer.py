@@ -194,8 +194,17 @@ class Trainer:
         if self.folder and self.display:
             self.folder.event("resumed", step=self.step, checkpoint=str(found.path), notes=notes)
             self.display.message(f"resumed from step {self.step} of {self.total_steps}: {found.path}")
+            if self.step >= self.total_steps:
+                self.display.message(f"nothing is left to train. Raise {self._limit()} to go on.")
         for note in notes:
             self._warn(note)
+
+    def _limit(self) -> str:
+        """What ends the run, for a message."""
+        run = self.settings.run
+        if run.max_steps is not None and run.max_steps < run.epochs * self.steps_per_epoch:
+            return f"dsaux.run.max_steps above {run.max_steps}"
+        return f"dsaux.run.epochs above {run.epochs}"
 
     def evaluate(self, *, reestimate: bool = True) -> Evaluation:
         """Evaluate the real chain over the whole test set and log it.

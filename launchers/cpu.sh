@@ -5,7 +5,7 @@
 #   PROCESSES=4 launchers/cpu.sh --set dsaux.pipeline.stages=4
 #
 # Variables:
-: "${DS_CONFIG:=ds_configs/quickstart.json}" # configuration
+: "${DS_CONFIG:=}"                           # configuration; ds_configs/quickstart.json of the repository unless set
 : "${PROCESSES:=2}"                          # a multiple of dsaux.pipeline.stages
 : "${MASTER_PORT:=29500}"                    # another one for a second run on this machine
 
@@ -15,6 +15,13 @@ if [[ "${1:-}" == --help ]]; then
     exit 0
 fi
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
+# shellcheck disable=SC1091
+source "$root/launchers/checks.bash"
+: "${DS_CONFIG:=$root/ds_configs/quickstart.json}"
+need_file DS_CONFIG
+need_count PROCESSES
+need_count MASTER_PORT
+cd "$root"
 export DS_ACCELERATOR=cpu
 exec deepspeed --num_gpus "$PROCESSES" --master_port "$MASTER_PORT" train.py --ds_config "$DS_CONFIG" "$@"

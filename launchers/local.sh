@@ -6,7 +6,7 @@
 #   HOSTFILE=launchers/hostfile.example launchers/local.sh
 #
 # Variables:
-: "${DS_CONFIG:=ds_configs/quickstart.json}" # configuration
+: "${DS_CONFIG:=}"                           # configuration; ds_configs/quickstart.json of the repository unless set
 : "${GPUS:=}"                                # processes, one a GPU; all GPUs unless set
 : "${HOSTFILE:=}"                            # hosts and their GPUs; none: this machine alone
 : "${MASTER_PORT:=29500}"                    # another one for a second run on this machine
@@ -17,7 +17,15 @@ if [[ "${1:-}" == --help ]]; then
     exit 0
 fi
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
+# shellcheck disable=SC1091
+source "$root/launchers/checks.bash"
+: "${DS_CONFIG:=$root/ds_configs/quickstart.json}"
+need_file DS_CONFIG
+[[ -z "$HOSTFILE" ]] || need_file HOSTFILE # DeepSpeed would warn, and train on this machine alone
+[[ -z "$GPUS" ]] || need_count GPUS
+need_count MASTER_PORT
+cd "$root"
 options=(--master_port "$MASTER_PORT")
 if [[ -n "$HOSTFILE" ]]; then
     options+=(--hostfile "$HOSTFILE")
@@ -26,8 +34,7 @@ else
         GPUS="$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)"
     fi
     if ((GPUS == 0)); then
-        echo "local.sh: no GPU found. Use launchers/cpu.sh, or set GPUS." >&2
-        exit 2
+        refuse "no GPU found. Use launchers/cpu.sh, or set GPUS."
     fi
     options+=(--num_gpus "$GPUS")
 fi

@@ -5,7 +5,7 @@
 #   PROCESSES=16 HOSTFILE=hosts launchers/mpi.sh                over ssh, or within a batch job
 #
 # Variables:
-: "${DS_CONFIG:=ds_configs/quickstart.json}" # configuration
+: "${DS_CONFIG:=}"                           # configuration; ds_configs/quickstart.json of the repository unless set
 : "${PROCESSES:=2}"                          # all together, one a GPU
 : "${HOSTFILE:=}"                            # in the form of your MPI; none: this machine, or what the batch system gives
 
@@ -15,7 +15,14 @@ if [[ "${1:-}" == --help ]]; then
     exit 0
 fi
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
+# shellcheck disable=SC1091
+source "$root/launchers/checks.bash"
+: "${DS_CONFIG:=$root/ds_configs/quickstart.json}"
+need_file DS_CONFIG
+[[ -z "$HOSTFILE" ]] || need_file HOSTFILE
+need_count PROCESSES
+cd "$root"
 options=(-n "$PROCESSES")
 if [[ -n "$HOSTFILE" ]]; then
     options+=(-hostfile "$HOSTFILE")

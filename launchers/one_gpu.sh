@@ -6,7 +6,7 @@
 #   PROCESSES=3 launchers/one_gpu.sh --set dsaux.pipeline.stages=3 --set dsaux.run.cuda_graphs=true
 #
 # Variables:
-: "${DS_CONFIG:=ds_configs/quickstart.json}" # configuration
+: "${DS_CONFIG:=}"                           # configuration; ds_configs/quickstart.json of the repository unless set
 : "${PROCESSES:=2}"                          # a multiple of dsaux.pipeline.stages
 : "${GPU:=0}"                                # which one
 : "${MASTER_PORT:=29500}"                    # another one for a second run on this machine
@@ -17,7 +17,14 @@ if [[ "${1:-}" == --help ]]; then
     exit 0
 fi
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
+# shellcheck disable=SC1091
+source "$root/launchers/checks.bash"
+: "${DS_CONFIG:=$root/ds_configs/quickstart.json}"
+need_file DS_CONFIG
+need_count PROCESSES
+need_count MASTER_PORT
+cd "$root"
 : "${OMP_NUM_THREADS:=$((($(nproc) + PROCESSES - 1) / PROCESSES))}"
 export OMP_NUM_THREADS MASTER_PORT MASTER_ADDR=127.0.0.1 WORLD_SIZE="$PROCESSES" CUDA_VISIBLE_DEVICES="$GPU"
 # NCCL refuses two ranks of one host on one GPU: each says that it is a host of its own, with one process.

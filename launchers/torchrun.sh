@@ -5,7 +5,7 @@
 #   NODES=2 MASTER_ADDR=node1 launchers/torchrun.sh             the same line on both hosts
 #
 # Variables:
-: "${DS_CONFIG:=ds_configs/quickstart.json}" # configuration
+: "${DS_CONFIG:=}"                           # configuration; ds_configs/quickstart.json of the repository unless set
 : "${PROCESSES:=2}"                          # on each host, one a GPU
 : "${NODES:=1}"                              # hosts
 : "${MASTER_ADDR:=}"                         # with several hosts: one of them, the same on all
@@ -18,12 +18,19 @@ if [[ "${1:-}" == --help ]]; then
     exit 0
 fi
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
+# shellcheck disable=SC1091
+source "$root/launchers/checks.bash"
+: "${DS_CONFIG:=$root/ds_configs/quickstart.json}"
+need_file DS_CONFIG
+need_count PROCESSES
+need_count NODES
+need_count MASTER_PORT
+cd "$root"
 options=(--nproc_per_node "$PROCESSES")
 if ((NODES > 1)); then
     if [[ -z "$MASTER_ADDR" ]]; then
-        echo "torchrun.sh: NODES is $NODES but MASTER_ADDR is not set. Set it to one of the hosts, the same on all." >&2
-        exit 2
+        refuse "NODES is $NODES but MASTER_ADDR is not set. Set it to one of the hosts, the same on all."
     fi
     options+=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_id "$RUN_ID" --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT")
 else

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dsaux.data.images import ImageDataset
 from dsaux.data.sources import (
     DataFacts,
+    check_data_settings,
     check_dataset,
     dataset_facts,
     default_image_size,
@@ -34,6 +35,7 @@ __all__ = [
     "ImageDataset",
     "ReplicaStream",
     "batch_digest",
+    "check_data_settings",
     "check_dataset",
     "dataset_facts",
     "default_image_size",

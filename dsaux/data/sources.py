@@ -65,8 +65,12 @@ class Source(Protocol):
     @property
     def unused(self) -> Mapping[str, str]: ...
 
+    def check_settings(self, data: DataConfig) -> None:
+        """Refuse what is wrong wherever the files are."""
+        ...
+
     def check(self, data: DataConfig) -> None:
-        """Refuse what is wrong, without making or reading the samples; may fetch missing files."""
+        """Refuse what is wrong with the files, without making or reading the samples; may fetch missing ones."""
         ...
 
     def counts(self, data: DataConfig) -> tuple[int, int]:
@@ -104,9 +108,12 @@ class MadeImages:
         """They read no folder."""
         return {"root": "is made in memory and reads no folder", **_SMALL_IMAGES}
 
+    def check_settings(self, data: DataConfig) -> None:
+        """A sample of each class at least."""
+        _check_classes(data, self.counts(data), num_classes=self.num_classes, name=data.name)
+
     def check(self, data: DataConfig) -> None:
         """Look for what the images are made of."""
-        _check_classes(data, self.counts(data), num_classes=self.num_classes, name=data.name)
         self.find()
 
     def counts(self, data: DataConfig) -> tuple[int, int]:
@@ -139,11 +146,14 @@ class CifarFiles:
         """Colours change by rand_augment here."""
         return _SMALL_IMAGES
 
-    def check(self, data: DataConfig) -> None:
-        """Hold the files against the format."""
+    def check_settings(self, data: DataConfig) -> None:
+        """A sample of each class at least."""
         for key in ("train_samples", "test_samples"):
             if (samples := getattr(data, key)) is not None:
                 _check_class_count(key, samples, num_classes=self.kind.num_classes, name=data.name)
+
+    def check(self, data: DataConfig) -> None:
+        """Hold the files against the format."""
         cifar.check_files(data)
 
     def counts(self, data: DataConfig) -> tuple[int, int]:
@@ -174,6 +184,9 @@ class ImageFiles:
         """What is for small images in memory."""
         reason = "has random-resized crops and dsaux.data.color instead"
         return {"cutout": reason, "rand_augment": reason, "context": _NO_TEXT}
+
+    def check_settings(self, data: DataConfig) -> None:
+        """The folders say how many classes there are."""
 
     def check(self, data: DataConfig) -> None:
         """Look at the folders."""
@@ -216,6 +229,9 @@ class Text:
             "root": "comes with Python and reads no folder",
             **dict.fromkeys(("image_size", "color", "cutout", "rand_augment"), "has no images"),
         }
+
+    def check_settings(self, data: DataConfig) -> None:
+        """The text comes with Python, and is looked at whatever is asked."""
 
     def check(self, data: DataConfig) -> None:
         """Look for the text."""
@@ -268,6 +284,18 @@ def check_dataset(data: DataConfig) -> None:
     Raises:
         ConfigError: names the key, what was given, what is allowed and the mend.
     """
+    check_data_settings(data)
+    if data.loader == "dali" and data.name != "text":  # which says that DALI has nothing to do there
+        require_dali()
+    source_of(data.name).check(data)
+
+
+def check_data_settings(data: DataConfig) -> None:
+    """Refuses what is wrong wherever the files and the loader's package are: all that a dry run can see.
+
+    Raises:
+        ConfigError: as `check_dataset`.
+    """
     source = source_of(data.name)
     _check_effect(data, source)
     low, high = source.image_sizes
@@ -278,10 +306,9 @@ def check_dataset(data: DataConfig) -> None:
             f"for the default {source.default_image_size}."
         )
     check_augmentation(data)
-    if data.loader == "dali" and data.name != "text":  # which says that DALI has nothing to do there
-        require_dali()
+    if data.loader == "dali" and data.name != "text":
         refuse_dali_workers(data.workers)
-    source.check(data)
+    source.check_settings(data)
 
 
 def check_augmentation(data: DataConfig) -> None:

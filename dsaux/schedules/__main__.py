@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.out.write_text(drawing if drawing.endswith("\n") else f"{drawing}\n", encoding="utf-8")
     except OSError as error:
-        print(f"--out {args.out} can't be written: {error.strerror}.", file=sys.stderr)
+        print(f"error: --out {args.out} can't be written: {error.strerror}. Give another path.", file=sys.stderr)
         return 2
     return 0
 
@@ -79,7 +79,8 @@ def _compare(args: argparse.Namespace) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        mend = "" if message.endswith(".") else f". Run {self.prog} --help."  # argparse's own name none
+        self.exit(2, f"error: {message}{mend}\n")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -115,11 +116,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("stages", "steps", "micro_batches"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            parser.error(f"--{name} is {value}; it must be 1 or more.")
+            parser.error(f"--{name} is {value}; it must be a whole number >= 1. Change it.")
     if not 0 <= args.aux_share <= 1:
-        parser.error(f"--aux_share is {args.aux_share}; it must be between 0 and 1.")
+        parser.error(f"--aux_share is {args.aux_share:g}; it must be a number >= 0 and <= 1. Change it.")
     if not args.compare and args.schedule is None:
-        parser.error("give --schedule NAME, --compare or both.")
+        parser.error(f"--schedule is missing. Give --schedule NAME, one of {', '.join(sorted(RUNS))}, or --compare.")
     if args.compare and args.schedule == _EXACT:
         parser.error(
             f"--compare draws {_EXACT} above another schedule; give --schedule al, al-overlap, local or penalty."

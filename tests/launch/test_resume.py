@@ -186,3 +186,21 @@ def test_without_a_configuration_the_run_must_have_one(arguments: list[str], tmp
     assert ranks.wait() == [2], ranks.text()
     (line,) = [line for line in ranks.logs[0].read_text().splitlines() if "error:" in line]
     assert "is no run folder, or has no config.json in it. Give the folder of a run, or --ds_config" in line
+
+
+@pytest.mark.parametrize(("key", "value"), [("epochs", 1), ("max_steps", 6)])
+def test_the_end_of_a_run_that_is_resumed_says_what_to_raise(key: str, value: int, tmp_path: Path) -> None:
+    pipeline, run_dir = {"stages": 1, "partition": "uniform"}, tmp_path / "run"
+    config = write_config(tmp_path / "config.json", pipeline=pipeline, run={key: value})
+    ranks = start_ranks(["--ds_config", str(config), "--run_dir", str(run_dir)], world_size=1, folder=tmp_path / "one")
+    assert ranks.wait() == [0], ranks.text()
+    assert "samples/s while training" in ranks.text()
+    assert "nothing is left to train" not in ranks.text()
+
+    again = start_ranks(["--resume", str(run_dir)], world_size=1, folder=tmp_path / "again")
+    assert again.wait() == [0], again.text()
+    (line,) = (line for line in again.text().splitlines() if "nothing is left to train" in line)
+    assert f"Raise dsaux.run.{key} above {value}" in line
+    assert "test accuracy" in again.text()
+    for missing in ("samples/s while training", "peak memory"):  # nothing was trained, so it was not measured
+        assert missing not in again.text()

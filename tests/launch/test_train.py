@@ -273,3 +273,19 @@ def wait_for_steps(run: Path, process: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.2)
     raise AssertionError("no step within the time limit")
+
+
+@pytest.mark.parametrize("schedule", ["al", "local"])
+def test_a_network_without_batchnorm_trains_on_single_samples(schedule: str, tmp_path: Path) -> None:
+    _, found = launch(
+        tmp_path,
+        train_batch_size=4,
+        train_micro_batch_size_per_gpu=1,
+        dsaux={
+            "model": {"name": "examples/gpt.py:gpt", "args": {"layers": 2, "heads": 2, "dim": 16}},
+            "data": {"name": "text", "loader": "torch", "context": 8, "train_samples": 64, "image_size": None},
+            "pipeline": {"partition": [1], "schedule": schedule},
+        },
+    )
+    assert last(found, "final")["steps"] == 48
+    assert all(event["loss"] is not None for event in found if event["event"] == "step")

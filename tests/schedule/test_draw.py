@@ -299,9 +299,9 @@ def test_dsaux_takes_whole_batches_unless_told_otherwise(name: str, capsys: pyte
     ("arguments", "words"),
     [
         (["--schedule", "zigzag"], "zigzag"),
-        (["--schedule", "penalty", "--stages", "0"], "--stages is 0; it must be 1 or more"),
-        (["--schedule", "penalty", "--aux_share", "2"], "--aux_share is 2.0; it must be between 0 and 1"),
-        ([], "give --schedule NAME, --compare or both"),
+        (["--schedule", "penalty", "--stages", "0"], "error: --stages is 0; it must be a whole number >= 1."),
+        (["--schedule", "penalty", "--aux_share", "2"], "error: --aux_share is 2; it must be a number >= 0 and <= 1."),
+        ([], "error: --schedule is missing. Give --schedule NAME, one of 1f1b, al, "),
         (["--compare", "--schedule", "1f1b"], "give --schedule al, al-overlap, local or penalty"),
         (["--compare", "--check"], "--compare draws text or svg"),
         (["--compare", "--format", "trace"], "--compare draws text or svg"),

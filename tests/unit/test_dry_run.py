@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dsaux.config import check_launch, load_config
+from dsaux.config import ConfigError, check_launch, load_config
 from dsaux.dry_run import DryRun, plan, show
 from dsaux.memory import states_per_parameter
 from dsaux.models import build_layers
@@ -44,6 +44,27 @@ def test_every_configuration_can_be_built_and_cut(path: Path) -> None:
     out = io.StringIO()
     show(dry, Console(file=out, width=200))
     assert f"{dry.network.parameters:,} parameters" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("dsaux.data.name=imagenet", "dsaux.data.rand_augment=9"), "dsaux.data.rand_augment is 9 but imagenet has"),
+        (
+            ("dsaux.data.name=imagenet", "dsaux.data.image_size=2048"),
+            "dsaux.data.image_size is 2048; imagenet can be made",
+        ),
+        (("dsaux.data.name=cifar10", "dsaux.data.image_size=224"), "cifar10 has images of 32 x 32 pixels"),
+        (("dsaux.data.augment=false", "dsaux.data.cutout=8"), "dsaux.data.augment is false, so it has no effect"),
+        (("dsaux.data.loader=dali", "dsaux.data.workers=2"), "dsaux.data.workers is 2 but dsaux.data.loader is"),
+        (("dsaux.data.test_samples=3",), "dsaux.data.test_samples is 3, fewer than the 18 classes of photos"),
+        (("dsaux.data.name=cifar10", "dsaux.data.test_samples=3"), "fewer than the 10 classes of cifar10"),
+    ],
+)
+def test_what_a_run_would_refuse_without_looking_at_files_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    path = next(path for path in CONFIGS if path.stem == "quickstart")
+    with pytest.raises(ConfigError, match=message):
+        dry_run_of(path, overrides=overrides)
 
 
 def test_what_is_kept_for_the_backward_pass_is_what_real_layers_keep() -> None:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dsaux.config import Config, ConfigError, check_launch, config_from_dict, resolved_deepspeed
+from dsaux.config import Config, ConfigError, check_launch, config_from_dict, load_config, resolved_deepspeed
 from dsaux.launch_check import partition_indices
 from tests.bad_input import REMOVE, good_config
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+NET_WITHOUT_BATCHNORM = """
+from torch import nn
+
+def net(num_classes, input_spec):
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), head)
+
+def segment(source, target, *, depth, width, first):
+    return nn.Conv2d(source.shape[0], target.shape[0], 3, padding=1)
+
+def normed(source, target, **options):
+    return nn.Sequential(segment(source, target, **options), nn.BatchNorm2d(target.shape[0]))
+"""
 NAMES = ["stem", "group1.block1", "group2.block1", "group3.block1", "head"]
 
 
@@ -103,6 +119,67 @@ def test_batch_sizes_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError) as caught:
         check_launch(_config(_sizes(*given)), world_size=2 * replicas)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (2, None, None),
+        (16, None, 8),
+        (None, 1, None),
+        (None, 1, 3),
+        (16, 1, None),
+        (18, 1, None),  # 9 steps; two samples on each of the 2 replicas do not divide it
+        (12, 1, 6),
+    ],
+)
+def test_who_follows_the_mend_for_a_micro_batch_of_one_sample_can_start(
+    given: tuple[int | None, int | None, int | None],
+) -> None:
+    sets = _sizes(*given)
+    with pytest.raises(ConfigError, match="BatchNorm needs at least 2") as caught:
+        check_launch(_config(sets), world_size=4)
+    mend = dict(re.findall(r"(\w+) to (\d+)", str(caught.value).partition(" Set ")[2]))
+    assert mend
+    for key, value in mend.items():
+        assert sets[key] is not None, "a key that was not given"
+        sets[key] = int(value)
+    assert check_launch(_config(sets), world_size=4).micro_batch_size == 2
+
+
+@pytest.mark.parametrize("schedule", ["penalty", "local", "1f1b"])
+@pytest.mark.parametrize("name", ["vit_photos", "gpt_text"])
+def test_a_network_without_batchnorm_takes_single_samples(
+    name: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sets = ["train_batch_size=null", "train_micro_batch_size_per_gpu=1", f"dsaux.pipeline.schedule={schedule}"]
+    config = load_config(f"ds_configs/{name}.json", overrides=sets)
+    assert check_launch(config, world_size=config.dsaux.pipeline.stages).micro_batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "segment", "part"),
+    [
+        ("penalty", "light", "the AuxNet's BatchNorm needs at least 2"),
+        ("penalty", "my_net.py:segment", None),
+        ("penalty", "my_net.py:normed", "the AuxNet's BatchNorm needs at least 2"),
+        ("local", "light", "the local heads' BatchNorm needs at least 2"),
+        ("1f1b", "light", None),
+    ],
+)
+def test_batchnorm_may_be_in_what_dsaux_adds_to_a_network(
+    schedule: str, segment: str, part: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_net.py").write_text(NET_WITHOUT_BATCHNORM)
+    sets = {"dsaux.model.name": "my_net.py:net", "dsaux.aux.segment": segment, "dsaux.pipeline.schedule": schedule}
+    config = _config(_sizes(None, 1, None, **sets))
+    if part is None:
+        assert check_launch(config, world_size=2).micro_batch_size == 1
+    else:
+        with pytest.raises(ConfigError, match=f"{part}. Set train_micro_batch_size_per_gpu to 2"):
+            check_launch(config, world_size=2)
 
 
 # 10 epochs of 4 steps, of which the last 3 are exact: they begin after step 28

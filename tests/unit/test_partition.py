@@ -107,6 +107,18 @@ def test_cuts_that_the_auxnet_cannot_make_are_never_chosen() -> None:
         balance([1.0] * 4, num_stages=2, specs_after=shapes, segments=lambda a, b: float("inf"))
 
 
+def test_what_the_last_layer_makes_is_never_asked_for() -> None:
+    """The network's output is no boundary: a segment of one's own need not be able to make it."""
+    shapes, asked = [(1,), (2,), (1,), (3,)], []
+
+    def segment(source: object, target: object) -> float:
+        asked.append(target)
+        return 0.0
+
+    balance([1.0] * 4, num_stages=3, specs_after=shapes, segments=segment)
+    assert set(asked) == {(1,), (2,)}
+
+
 def test_segment_times_are_measured_once_for_each_pair_of_shapes() -> None:
     asked = []
 

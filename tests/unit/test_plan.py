@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,22 @@ def test_the_command_goes_from_a_configuration_to_an_answer(
         assert f"{rate:.0f}" in text or f"{rate:.1f}" in text
     with pytest.raises(ConfigError, match=r'holds times of "resnet20", but dsaux\.model\.name is "resnet32"'):
         main([*common, "--times", str(times), "--set", "dsaux.model.name=resnet32"])
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_is_being_timed_is_said_beside_the_answer(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dsaux.partition.WARMUP_RUNS", 0)
+    monkeypatch.setattr("dsaux.partition.TIMED_RUNS", 1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert run(main, ["--ds_config", str(CONFIG), "--gpus", "2", "--set", "train_batch_size=8", "--json"]) == 0
+    said = capsys.readouterr()
+    json.loads(said.out)
+    for part in ("timing the optimizer", "timing layers, 4 samples", "timing AuxNet segments, 4 samples"):
+        assert part in said.err
+        assert is_terminal or said.err.splitlines().count(part) == 1
+    assert ("\x1b[2K" in said.err) == is_terminal, "a line of a terminal is written over, one of a file is not"
 
 
 @pytest.mark.parametrize(

@@ -549,8 +549,9 @@ def test_a_workload_survives_json_with_all_that_was_asked() -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', "null", "[" * 100_000])
 def test_a_file_that_holds_no_times_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be read as measured times"):
+    with pytest.raises(ConfigError, match=r"cannot be read as measured times: .*\. Give a file") as caught:
         from_json(text)
+    assert "Error" not in str(caught.value), "the name of a class of Python's says nothing to a user"
 
 
 def test_a_workload_whose_lists_do_not_fit_is_refused() -> None:

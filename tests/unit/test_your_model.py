@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsaux.config import check_launch, load_config
 from dsaux.data import dataset_facts
+from dsaux.dry_run import plan
 from dsaux.models import boundary_specs, build_layer
 from dsaux.models.auxnet import build_aux_net
 from dsaux.models.causality import run_layers
@@ -46,6 +48,23 @@ def test_the_ten_lines_pass_all_checks_and_build(tmp_path: Path, monkeypatch: py
                 spec.random(2, device="cpu")
             )
             assert tuple(made.shape[1:]) == after[cut - 1].shape
+
+
+@pytest.mark.parametrize("override", ["dsaux.pipeline.partition=time", "dsaux.pipeline.schedule=penalty"])
+def test_the_segment_serves_the_network_without_cuts_of_ones_own(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsaux.partition.WARMUP_RUNS", 0)
+    monkeypatch.setattr("dsaux.partition.TIMED_RUNS", 1)
+    network, segment = blocks("python")
+    (document,) = blocks("json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_net.py").write_text(network)
+    (tmp_path / "my_segment.py").write_text(segment)
+    (tmp_path / "my_net.json").write_text(document)
+    config = load_config("my_net.json", overrides=["dsaux.aux.segment=my_segment.py:segment", override])
+    dry = plan(config, check_launch(config, world_size=2, needs_data=False), device=torch.device("cpu"))
+    assert 1 <= dry.bounds[1] <= 6
 
 
 def test_every_link_and_configuration_exists() -> None:
