@@ -1,7 +1,7 @@
 """The table of ds_configs/README.md: what each configuration is for, how it is started, and what it reached.
 
-`report.py` writes it. A result is the mean over the runs of `benchmarks/results/seeds.jsonl` with this configuration
-and nothing but the seed changed; a configuration without one is not measured yet.
+`report.py` writes it. A result is the mean over the runs of `benchmarks/results/seeds.jsonl` with this configuration,
+its method, and nothing but the seed changed; a configuration without one is not measured yet.
 """
 
 from __future__ import annotations
@@ -74,27 +74,33 @@ def config_table(rows: Sequence[Row]) -> str:
 
 def _line(path: Path, purpose: Purpose, rows: Sequence[Row]) -> str:
     dsaux = load_config(path).dsaux
-    stages = dsaux.pipeline.stages
+    stages, schedule = dsaux.pipeline.stages, dsaux.pipeline.schedule
+    method = f"{schedule}+1f1b" if dsaux.run.exact_epochs else schedule
     command = f"deepspeed --num_gpus {stages} train.py --ds_config ds_configs/{path.name}"
     cells = [
         f"`{path.stem}`",
         purpose.text,
         f"`{dsaux.model.name}`",
-        f"`{dsaux.pipeline.schedule}`",
+        f"`{schedule}`",
         str(stages),
         purpose.hardware,
         f"`{command}`",
-        result_of(path.stem, rows),
+        result_of(path.stem, rows, method=method),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def result_of(case: str, rows: Sequence[Row]) -> str:
-    """Mean and range of the test accuracy, with the number of runs; "not measured yet" without any."""
+def result_of(case: str, rows: Sequence[Row], *, method: str) -> str:
+    """Mean and range of the test accuracy, with the number of runs; "not measured yet" without any.
+
+    Runs by another method are of an older file of the same name.
+    """
     own = [
         row["final"]["test_accuracy"]
         for row in rows
-        if row["case"] == case and all(change.startswith("dsaux.run.seed=") for change in row["overrides"])
+        if row["case"] == case
+        and row["final"]["method"] == method
+        and all(change.startswith("dsaux.run.seed=") for change in row["overrides"])
     ]
     if not own:
         return "not measured yet"

@@ -111,7 +111,12 @@ class DataConfig:
         True, "Take the official files of cifar10 and cifar100 alone; false for own ones in the same format."
     )
     loader: str = _choice("dali", ("dali", "torch"), "Who augments and batches: NVIDIA DALI or PyTorch's DataLoader.")
-    workers: int = _int(0, 0, "Worker processes of the torch loader; 0 loads in the training process.")
+    workers: int = _int(
+        0,
+        0,
+        "Worker processes of the torch loader, for the test set as well where images are files; 0 loads in the training"
+        " process.",
+    )
     decode: str = _choice(
         "every_rank",
         ("every_rank", "once_per_node"),
@@ -207,7 +212,7 @@ class AuxConfig:
         None,
         Rule("block", keys={"type": Rule("text"), "params": Rule("block")}, null=True),
         'Optimizer of the AuxNet, {"type": a torch.optim name, "params": {...}}; null takes the one in'
-        " DeepSpeed's block.",
+        " DeepSpeed's block. Its lr is the top of a curve in proportion to the stages'.",
     )
 
 

@@ -104,7 +104,7 @@ def stage_map(rows: Sequence[StageRow], *, unit: str) -> tuple[list[Column], lis
 
 
 def summary(stats: FinalStats, path: str) -> list[tuple[str, str]]:
-    """The result of a run as names and values."""
+    """The result of a run as names and values; without speed and memory where no step was measured."""
     exact = f" ({stats.exact_epochs} of them exact)" if stats.exact_epochs else ""
     mismatches = ", ".join(
         f"{mismatch_figure(value)} (stages {boundary}-{boundary + 1})"
@@ -112,6 +112,7 @@ def summary(stats: FinalStats, path: str) -> list[tuple[str, str]]:
     )
     waits = ", ".join(f"{100 * share:.1f} % (stage {stage})" for stage, share in enumerate(stats.wait_share))
     peaks = ", ".join(f"{memory(size)} (stage {stage})" for stage, size in enumerate(stats.peak_memory_bytes))
+    speed = f"{throughput(stats.train_samples_per_s)} samples/s while training"
     return [
         ("network", f"{stats.model} on {stats.data}, seed {stats.seed}"),
         ("method", f"{stats.method}, {count(stats.stages, 'stage')} x {count(stats.replicas, 'replica')}"),
@@ -121,14 +122,11 @@ def summary(stats: FinalStats, path: str) -> list[tuple[str, str]]:
             f"{stats.test_accuracy:.3f} top-1, {stats.test_top5:.3f} top-5 ({stats.test_samples:,} {stats.unit})",
         ),
         ("test loss", figure(stats.test_loss)),
-        (
-            "throughput",
-            f"{throughput(stats.train_samples_per_s)} samples/s while training",
-        ),
+        *([("throughput", speed)] if stats.train_samples_per_s > 0 else []),
         ("wall time", duration(stats.wall_s)),
         ("waits", waits or "-"),
         ("mismatch", mismatches or "-"),
-        ("peak memory", peaks or "-"),
+        *([("peak memory", peaks)] if peaks else []),
         ("run folder", path),
     ]
 

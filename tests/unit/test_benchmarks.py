@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import choices  # noqa: E402 - scripts, found beside the other benchmarks
+import config_table  # noqa: E402
 import input as input_speed  # noqa: E402
 import report  # noqa: E402
 import seeds  # noqa: E402
@@ -254,6 +255,22 @@ def test_the_choices_table_shows_where_the_method_fails(tmp_path: Path, monkeypa
     assert "| `choices` | `overlap` | false (base) | 0.810 (0.800 to 0.820) | 2 |" in table
     assert "| `choices` | `overlap` | true | 0.790 (0.790 to 0.790) | 1 |" in table
     assert "`rho`" not in table
+
+
+def test_a_configurations_result_is_of_its_own_method_alone() -> None:
+    rows = [
+        run_row("s", "quickstart", final(0.10, seed=0, method="penalty")),  # by an older file of this name
+        run_row("s", "quickstart", final(0.80, seed=0)),
+        run_row("s", "quickstart", final(0.82, seed=1)),
+        run_row("s", "quickstart", final(0.20, seed=2), "dsaux.aux.beta=3"),
+        run_row("s", "quickstart", final(0.30, seed=0, method="al+1f1b")),
+        run_row("s", "quickstart_1f1b", final(0.40, seed=0, method="1f1b")),
+    ]
+    assert config_table.result_of("quickstart", rows, method="al") == "0.810 (0.800 to 0.820), n = 2"
+    assert config_table.result_of("quickstart", rows, method="al+1f1b") == "0.300, n = 1"
+    assert config_table.result_of("quickstart", rows, method="local") == "not measured yet"
+    (line,) = (line for line in config_table.config_table(rows).splitlines() if "`quickstart`" in line)
+    assert line.endswith("| 0.810 (0.800 to 0.820), n = 2 |")
 
 
 def test_a_table_without_markers_or_data_is_named_and_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,9 @@ SIGNATURES = {
     (PipelineEngine, "_exec_schedule"): ["self", "pipe_schedule"],
     (PipelineEngine, "_aggregate_total_loss"): ["self"],
     (PipelineEngine, "_exec_forward_pass"): ["self", "buffer_id"],
+    (PipelineEngine, "_exec_reduce_grads"): ["self"],
+    (PipelineEngine, "_exec_optimizer_step"): ["self", "lr_kwargs"],
+    (PipelineEngine, "_reentrant_activation_checkpointing"): ["self"],
     (PipelineEngine, "_next_batch"): ["self"],
     (PipelineEngine, "reset_activation_shape"): ["self"],
     (PipelineEngine, "set_dataiterator"): ["self", "iterator"],
@@ -29,6 +32,11 @@ SIGNATURES = {
     (PipelineEngine, "train_batch"): ["self", "data_iter"],
     (PipelineEngine, "set_train_batch_size"): ["self", "train_batch_size"],
     (DeepSpeedEngine, "clip_fp32_gradients"): ["self"],
+    (DeepSpeedEngine, "_scheduler_from_config"): ["self", "optimizer"],
+    (DeepSpeedZeroOptimizer, "_link_all_hp_params"): ["self"],
+    (DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state"): ["self"],
+    (BF16_Optimizer, "_link_all_hp_params"): ["self"],
+    (BF16_Optimizer, "_lazy_init_hp_params_optimizer_state"): ["self"],
     (PipelineModule, "_partition_layers"): ["self", "method"],
     (PipelineModule, "_set_bounds"): ["self", "start", "stop"],
     (PipelineModule, "save_state_dict"): ["self", "save_dir", "checkpoint_engine", "exclude_frozen_params"],
@@ -49,6 +57,13 @@ def test_engine_is_chosen_by_a_name_of_the_deepspeed_module() -> None:
 def test_instruction_map_holds_unbound_functions_and_ours_is_complete() -> None:
     assert all(inspect.isfunction(function) for function in PipelineEngine._INSTRUCTION_MAP.values())
     assert set(PipelineEngine._INSTRUCTION_MAP) < set(AuxPipelineEngine._INSTRUCTION_MAP)
+
+
+def test_attributes_that_have_no_accessor_are_still_there() -> None:
+    engine, module = inspect.getsource(PipelineEngine), inspect.getsource(PipelineModule)
+    assert "if self._compute_loss and" in engine, "an evaluation without labels switches it off"
+    assert "self.pipe_buffers = {" in engine
+    assert all(f"self.{name} = " in module for name in ("_layer_specs", "_local_start", "_local_stop"))
 
 
 def test_counts_and_ranks_that_the_wavefront_reads_are_still_there() -> None:

@@ -90,7 +90,8 @@ def test_every_training_command_has_a_valid_configuration(command: str) -> None:
 
 def test_the_example_builds_a_module_for_the_cut_it_names() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    before_module = example.partition("module =")[0]
+    before_module, starts, _ = example.partition("share_cores(")  # there the processes come together
+    assert starts, "tests/launch/test_readme_script.py runs the whole of it"
     names: dict[str, Any] = {}
     exec(before_module.replace("import dsaux\n", ""), names)
     aux = names["build_aux_net"]([(3, 32, 32), names["after"][4]])
