@@ -11,6 +11,7 @@ EXIF data is not applied.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from dsaux.command import Parser, console, run
 from dsaux.config_rules import ConfigError
-from dsaux.data.pictures import central_square
+from dsaux.data.pictures import central_square, misfit
 from dsaux.display_text import Column, plain_table, rich_table
 from dsaux.model_file import ModelCard, Scorer, read_model
 from dsaux.runtime import EXIT_BAD_INPUT
@@ -75,16 +76,17 @@ def read_image(path: Path, card: ModelCard) -> Tensor:
         float32, shape (1, C, S, S), S the network's image size.
 
     Raises:
-        ConfigError: if the file cannot be read, or holds no picture of 8 bits a channel.
+        ConfigError: if the file cannot be read, or holds no picture, or one that a run refuses, too.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if card.in_channels not in _MODES:
         raise ConfigError(f"the network takes images of {card.in_channels} channels; a picture has 1 or 3.")
     try:
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ConfigError(f"{path} has more than 8 bits a channel. Convert it, e.g. to a PNG of 8 bits.")
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as file:
+            if reason := misfit(file, data):
+                raise ConfigError(f"{path} {reason}. Convert it, e.g. to a PNG of 8 bits.")
             picture = file.convert(_MODES[card.in_channels])
     except UnidentifiedImageError as error:
         raise _unreadable(path, "it is no picture that PIL knows") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,43 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
+
+
+def deep_png(*, width: int = 50, height: int = 40) -> bytes:
+    """A PNG of 16 bits a colour channel, which PIL cannot write."""
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + bytes(range(6)) * width) * height)
+    chunks = [(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def deep_tiff(*, width: int = 50, height: int = 40) -> bytes:
+    """A TIFF of 16 bits a colour channel, which PIL cannot write."""
+    pixels = bytes(range(6)) * width * height
+    tags = {256: width, 257: height, 258: 134, 259: 1, 262: 2, 273: 140, 277: 3, 278: height, 279: len(pixels), 284: 1}
+    entries = [struct.pack("<HHII", tag, 3 if tag == 258 else 4, 3 if tag == 258 else 1, tags[tag]) for tag in tags]
+    directory = struct.pack("<H", len(tags)) + b"".join(entries) + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<HHH", 16, 16, 16) + pixels
+
+
+def deep_ppm(*, width: int = 50, height: int = 40) -> bytes:
+    """A PPM of 16 bits a colour channel."""
+    return b"P6 %d %d 65535\n" % (width, height) + bytes(range(6)) * width * height
+
+
+def with_thumbnail(image: Image.Image, *, progressive: bool = False) -> bytes:
+    """A JPEG that has a small JPEG of itself in its EXIF data, as cameras write it."""
+    small, whole = io.BytesIO(), io.BytesIO()
+    image.resize((40, 30)).save(small, "JPEG")
+    thumbnail, place = small.getvalue(), 14 + 2 + 3 * 12 + 4
+    entries = [(259, 3, 6), (513, 4, place), (514, 4, len(thumbnail))]  # compression, offset, bytes
+    directories = struct.pack("<IHIH", 8, 0, 14, len(entries))  # the first one is empty
+    directories += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    exif = b"Exif\0\0II*\0" + directories + struct.pack("<I", 0) + thumbnail
+    image.save(whole, "JPEG", quality=90, progressive=progressive, exif=exif)
+    return whole.getvalue()
 
 
 def folder_data(root: Path, *, name: str = "folder", loader: str = "torch", color: float = 0.0) -> DataConfig:

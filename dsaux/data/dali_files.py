@@ -11,7 +11,9 @@ DALI decodes the window alone, which gives the pixels of the whole image's decod
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,8 +77,7 @@ class DaliFileLoader(PipelineLoader):
         except RuntimeError:
             recent = [number for numbers in self._recent for number in numbers]
             self.close()
-            for number in dict.fromkeys(recent):
-                decode(_read(self._job.split, number)[0], where=self._job.split.where(number))  # raises for the culprit
+            _name_culprit(self._job.split, dict.fromkeys(recent))
             raise
 
     def close(self) -> None:
@@ -169,11 +170,41 @@ def _read(split: Split, number: int) -> tuple[bytes, tuple[int, int]]:
     Raises:
         DamagedImageError: if it cannot be read, is no image, or a JPEG without an end that PIL cannot decode either.
     """
-    where = split.where(number)
+    where = partial(split.where, number)
     try:
         data = split.read(number)
     except OSError as error:
-        raise DamagedImageError.of(where, error) from error
+        raise DamagedImageError.of(where(), error) from error
     if is_cut_jpeg(data):
         decode(data, where=where)
     return data, image_size_of(data, where=where)
+
+
+def _name_culprit(split: Split, numbers: Iterable[int]) -> None:
+    """Looks for what ended a pipeline; it returns if all these images are good, and the reason is another one.
+
+    Raises:
+        DamagedImageError: for the first image that PIL, or else DALI alone, cannot decode.
+    """
+    decoder = _one_image_decoder()
+    for number in numbers:
+        data, _ = _read(split, number)
+        decode(data, where=partial(split.where, number))
+        decoder.feed_input("file", [np.frombuffer(data, dtype=np.uint8)])
+        try:
+            decoder.run()
+        except RuntimeError as error:
+            reason = 'DALI cannot decode it, but PIL can, which dsaux.data.loader "torch" uses'
+            raise DamagedImageError.of(split.where(number), reason) from error
+
+
+def _one_image_decoder() -> Any:
+    """A pipeline on the CPU, where no trouble of a GPU is taken for an image's."""
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    with pipeline:
+        file = fn.external_source(name="file")
+        pipeline.set_outputs(fn.decoders.image(file, device="cpu", output_type=types.RGB, adjust_orientation=False))
+    pipeline.build()
+    return pipeline

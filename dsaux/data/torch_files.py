@@ -5,6 +5,8 @@ files.py picks it by name. Order, failures and normalising are those of torch_lo
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -41,11 +43,11 @@ class _Samples(Dataset[Cropped]):
         numbers = job.subset[rows.indices]
         images = []
         for number in numbers.tolist():
-            where = job.split.where(number)
+            where = partial(job.split.where, number)
             try:
                 data = job.split.read(number)
             except OSError as error:
-                raise DamagedImageError.of(where, error) from error
+                raise DamagedImageError.of(where(), error) from error
             images.append(decode(data, where=where))
         sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64)
         views = job.augmentation.views(rows.draws, sizes, image_size=job.image_size)

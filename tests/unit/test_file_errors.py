@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +17,9 @@ from dsaux.config import ConfigError, check_launch, config_from_dict
 from dsaux.data import check_dataset, load_dataset, sample_counts
 from dsaux.data.index import write_index
 from dsaux.data.pictures import DamagedImageError
-from dsaux.data.shards import find_shards
+from dsaux.data.shards import ShardSplit, find_shards
 from tests.bad_input import REMOVE, good_config
-from tests.image_files import folder_data, write_shards, write_tree
+from tests.image_files import deep_png, deep_ppm, deep_tiff, folder_data, with_thumbnail, write_shards, write_tree
 from tests.unit.test_files import LOADERS, load, needs, stream_of
 from tests.unit.test_stream import take
 
@@ -181,6 +182,100 @@ def test_a_damaged_image_is_named(good: Path, tmp_path: Path, damage: str, loade
     stream = stream_of(load(root, name="imagenet"), loader=loader)
     with pytest.raises(DamagedImageError, match=f"the image {where} cannot be used: .* Replace it by a whole copy"):
         take(stream, 6)  # a whole epoch
+    stream.close()
+
+
+def second_picture(image: Image.Image) -> bytes:
+    """Two JPEGs in one file, each with an end mark."""
+    file = io.BytesIO()
+    image.save(file, "MPO", save_all=True, append_images=[image.rotate(180)])
+    return file.getvalue()
+
+
+JPEGS: dict[str, tuple[Callable[[Image.Image], bytes], float]] = {
+    "thumbnail": (with_thumbnail, 0.95),
+    "progressive": (lambda image: with_thumbnail(image, progressive=True), 0.95),
+    "two pictures": (second_picture, 0.47),
+    "second picture cut off": (lambda image: second_picture(image)[:-1000], 0.47),
+    "bytes behind the end": (lambda image: with_thumbnail(image) + b"\xff\xda and the like", 0.95),
+}
+"""A JPEG with more than one picture in it, and a share of it that ends shortly before the end of the first one."""
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_jpeg_with_another_in_it_is_taken_whole_and_named_when_cut(
+    good: Path, tmp_path: Path, loader: str, kind: str
+) -> None:
+    needs(loader)
+    root = copy_of(good / "tree", tmp_path)
+    victim = root / "train/n05/2.JPEG"
+    make, share = JPEGS[kind]
+    with Image.open(root / "train/n06/1.JPEG") as file:
+        data = make(file.resize((100, 400)))  # so high that what is cut out of it for a batch ends before the cut
+    victim.write_bytes(data)
+    take(stream_of(load(root), loader=loader), 6)  # a whole epoch
+    victim.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(DamagedImageError, match=f"the image {victim} cannot be used: .* Replace it by a whole copy"):
+        take(stream_of(load(root), loader=loader), 6)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_an_image_of_16_bits_a_colour_channel_is_named(good: Path, tmp_path: Path, kind: str, loader: str) -> None:
+    needs(loader)
+    root = copy_of(good / "tree", tmp_path)
+    victim = root / "train/n05/2.JPEG"
+    victim.write_bytes({"PNG": deep_png, "TIFF": deep_tiff, "PPM": deep_ppm}[kind]())
+    stream = stream_of(load(root), loader=loader)
+    says = f"the image {victim} cannot be used: it has more than 8 bits a channel. .*8 bits a channel"
+    with pytest.raises(DamagedImageError, match=says):
+        take(stream, 6)
+    stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
+def test_a_tiff_that_is_not_stored_upright_is_named(
+    good: Path, tmp_path: Path, orientation: int | None, loader: str
+) -> None:
+    needs(loader)
+    root = copy_of(good / "tree", tmp_path)
+    victim = root / "train/n05/2.JPEG"
+    Image.new("RGB", (90, 50)).save(victim, "TIFF", tiffinfo={274: orientation} if orientation else {})
+    stream = stream_of(load(root), loader=loader)
+    if orientation in (None, 1):
+        take(stream, 6)
+    else:
+        says = f"the image {victim} cannot be used: it is a TIFF of orientation {orientation} .tag 274.; .* upright"
+        with pytest.raises(DamagedImageError, match=says):
+            take(stream, 6)
+    stream.close()
+
+
+def test_an_image_that_dali_alone_cannot_decode_is_named(good: Path, tmp_path: Path) -> None:
+    needs("dali")
+    root = copy_of(good / "tree", tmp_path)
+    victim = root / "train/n05/2.JPEG"
+    Image.new("RGB", (90, 50)).save(victim, "GIF")
+    stream = stream_of(load(root), loader="dali")
+    with pytest.raises(DamagedImageError, match=f'the image {victim} cannot be used: DALI .* "torch"'):
+        take(stream, 6)
+    stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_place_of_an_image_in_its_shard_is_looked_up_for_errors_alone(
+    good: Path, monkeypatch: pytest.MonkeyPatch, loader: str
+) -> None:
+    needs(loader)
+    stream = stream_of(load(good / "shards", name="imagenet"), loader=loader)
+
+    def fail(*_: Any) -> str:
+        raise AssertionError("the index is read again")
+
+    monkeypatch.setattr(ShardSplit, "where", fail)
+    take(stream, 6)
     stream.close()
 
 

@@ -12,12 +12,13 @@ import torch
 from PIL import ExifTags, Image
 
 from dsaux.command import run
+from dsaux.config import ConfigError
 from dsaux.data import load_dataset, test_batches
 from dsaux.export import export_run
 from dsaux.model_file import read_model
 from dsaux.predict import main, read_image
 from dsaux.trained import load_trained
-from tests.image_files import SIZE, folder_data, write_tree
+from tests.image_files import SIZE, deep_png, folder_data, write_tree
 from tests.saved_run import random_layers, write_checkpoint, write_run
 
 
@@ -72,6 +73,16 @@ def test_predict_leaves_the_orientation_of_a_photo_as_the_evaluation_does(folder
     batches = test_batches(dataset, loader="torch", replica=0, num_replicas=1, batch_size=1, device="cpu")
     images, _ = next(iter(batches))
     assert torch.allclose(read_image(photo, card), images, rtol=0, atol=1e-6)  # order of float32 operations
+
+
+def test_predict_refuses_the_images_that_a_run_refuses(folder: Path, tmp_path: Path) -> None:
+    card, _ = read_model(folder / "model.pt")
+    (tmp_path / "deep.png").write_bytes(deep_png())
+    Image.new("RGB", (90, 50)).save(tmp_path / "turned.tif", tiffinfo={274: 6})
+    with pytest.raises(ConfigError, match=r"deep.png has more than 8 bits a channel. Convert it"):
+        read_image(tmp_path / "deep.png", card)
+    with pytest.raises(ConfigError, match=r"turned.tif is a TIFF of orientation 6 .*upright.* Convert it"):
+        read_image(tmp_path / "turned.tif", card)
 
 
 def test_a_class_is_named_after_its_folder(folder: Path, capsys: Any) -> None:
