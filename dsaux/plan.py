@@ -2,7 +2,7 @@
 
 python -m dsaux.plan --ds_config ds_configs/quickstart.json --gpus 8
 python -m dsaux.plan --ds_config F --gpus 8 --link 1000Mbit/s --memory 80GB --all
-python -m dsaux.plan --ds_config F --gpus 8 --save_times times.json      # on a machine with one of the devices
+python -m dsaux.plan --ds_config F --gpus 64 --save_times times.json     # on a machine with one of the devices
 python -m dsaux.plan --ds_config F --gpus 64 --times times.json --json   # anywhere
 
 Layers, AuxNet and optimizer are timed here, on one device; everything else is predicted from that. docs/planner.md says
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsaux.command import Parser, progress, run
 from dsaux.config import Config, load_config
+from dsaux.config_deepspeed import torch_optimizer_of
 from dsaux.config_rules import ConfigError, show
 from dsaux.plan_show import show_plan
 
@@ -189,7 +190,8 @@ def measure_config(config: Config, *, devices: int, say: Callable[[str], None]) 
         aux_width=settings.aux.width,
         aux_segment=settings.aux.segment,
         seed=settings.run.seed,
-        optimizer=aux_optimizer(config),
+        optimizer=_stage_optimizer(config),
+        aux_optimizer=aux_optimizer(config),
         make_head=_make_head,
         timed_up_to=timed_up_to,
         neighbours=neighbours,
@@ -261,6 +263,14 @@ def _make_head(boundary: SampleSpec, scores: SampleSpec) -> nn.Module:
     from dsaux.models.local_heads import make_local_head
 
     return make_local_head(boundary, scores=scores)
+
+
+def _stage_optimizer(config: Config) -> tuple[str, dict[str, Any]]:
+    """In torch.optim: its own twin, or for DeepSpeed's own AdamW, with as many moments as `dsaux.memory` counts."""
+    try:
+        return torch_optimizer_of(config.deepspeed["optimizer"], path="optimizer")
+    except ConfigError:
+        return "AdamW", {}
 
 
 def _accelerator() -> str:

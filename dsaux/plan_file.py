@@ -23,16 +23,18 @@ def to_json(workload: Workload) -> str:
         "timed_up_to": workload.timed_up_to,
         "overhead_s": workload.overhead_s,
         "states_per_parameter": workload.states_per_parameter,
+        "aux_states_per_parameter": workload.aux_states_per_parameter,
         "layers": [
             {"name": name, "update_s": update, "parameter_bytes": size, "activation_bytes": after}
-            | {"kept_bytes": kept, "kind": workload.kind(index + 1)}
-            for index, (name, update, size, after, kept) in enumerate(
+            | {"kept_bytes": kept, "kept_before_bytes": before, "kind": workload.kind(index + 1)}
+            for index, (name, update, size, after, kept, before) in enumerate(
                 zip(
                     workload.layer_names,
                     workload.update_s,
                     workload.parameter_bytes,
                     workload.activation_bytes,
                     workload.kept_bytes,
+                    workload.kept_before_bytes or (0,) * workload.num_layers,
                     strict=True,
                 )
             )
@@ -99,6 +101,7 @@ def _from_document(document: Mapping[str, Any]) -> Workload:
     if document["format"] != FORMAT:
         raise ValueError(f"it has format {show(document['format'])}, this version reads {FORMAT}")
     layers = document["layers"]
+    aux_states = document.get("aux_states_per_parameter")  # this and `kept_before_bytes`: not in files of old
     segments: dict[tuple[int | None, int], dict[int, SegmentCost]] = {}
     for entry in document["segments"]:
         table = segments.setdefault((entry["source"], entry["target"]), {})
@@ -132,6 +135,8 @@ def _from_document(document: Mapping[str, Any]) -> Workload:
         kinds=tuple(int(layer["kind"]) for layer in layers),
         overhead_s=float(document["overhead_s"]),
         states_per_parameter=float(document["states_per_parameter"]),
+        aux_states_per_parameter=None if aux_states is None else float(aux_states),
+        kept_before_bytes=tuple(int(layer.get("kept_before_bytes", 0)) for layer in layers),
         network=str(document["network"]),
         device=str(document["device"]),
         timed_up_to=int(document["timed_up_to"]),

@@ -152,7 +152,7 @@ def _step(setting: Setting, ranks: Sequence[_Rank], *, parts: Sequence[SegmentCo
         memory_bytes=tuple(
             rank.piece.parameter_bytes * setting.held_per_parameter
             + rank.piece.kept_bytes
-            + parameters * (setting.held_per_parameter + _MESSAGES)
+            + parameters * (setting.aux_held_per_parameter + _MESSAGES)
             + rank.aux_kept_bytes
             + _mail_bytes(mail, stage)
             for stage, rank in enumerate(ranks)

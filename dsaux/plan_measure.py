@@ -21,7 +21,7 @@ from dsaux.config_rules import ConfigError
 from dsaux.memory import states_per_parameter
 from dsaux.models import Layer, boundary_specs, build_layer
 from dsaux.models.auxnet import make_segment
-from dsaux.models.cost import Cost, chain_cost
+from dsaux.models.cost import Cost, chain_cost, layer_costs
 from dsaux.models.shapes import SampleSpec, Shape, as_spec
 from dsaux.optim import make_aux_optimizer
 from dsaux.partition import TIMED_RUNS, LayerTimes, layer_times, measure, wait_for
@@ -32,6 +32,9 @@ from dsaux.runtime import keep_freed_memory
 
 _NUMBER = 4
 """Bytes of a number: times are measured in float32, sizes counted in it."""
+
+_Before = tuple[Callable[[], nn.Module], SampleSpec]
+"""Builds what stands before a part, and a sample of its input."""
 
 
 def measure_workload(
@@ -45,6 +48,7 @@ def measure_workload(
     aux_segment: str = "light",
     seed: int = 0,
     optimizer: tuple[str, Mapping[str, Any]] = ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    aux_optimizer: tuple[str, Mapping[str, Any]] | None = None,
     make_head: Callable[[SampleSpec, SampleSpec], nn.Module] | None = None,
     timed_up_to: int = 0,
     neighbours: int = 0,
@@ -61,7 +65,8 @@ def measure_workload(
         aux_width: width factor of the segments.
         aux_segment: kind of segment.
         seed: the run's seed.
-        optimizer: name in torch.optim and parameters.
+        optimizer: the stages', its name in torch.optim and parameters.
+        aux_optimizer: the AuxNet's; None for the same.
         make_head: `make_head(boundary, scores)` builds the head of a local loss, raising ValueError where there is
             none; None takes heads as free.
         timed_up_to: largest micro-batch to time, larger ones are scaled from it; 0 times all.
@@ -76,7 +81,10 @@ def measure_workload(
     )
     costs = meter.costs()
     say("timing the optimizer")
-    update_s_per_byte = meter.update_s_per_byte(optimizer)
+    update_s_per_byte = aux_update_s_per_byte = meter.update_s_per_byte(optimizer)
+    if aux_optimizer is not None and aux_optimizer != optimizer:
+        say("timing the AuxNet's optimizer")
+        aux_update_s_per_byte = meter.update_s_per_byte(aux_optimizer)
     parameter_bytes = tuple(_NUMBER * cost.parameters for cost in costs)
 
     def make_aux(source: int | None, target: int) -> tuple[nn.Module, SampleSpec]:
@@ -87,7 +95,11 @@ def measure_workload(
 
     def segment_cost(source: int | None, target: int, size: int) -> SegmentCost:
         return meter.part_cost(
-            lambda: make_aux(source, target), size, update_s_per_byte=update_s_per_byte, name="AuxNet segments"
+            lambda: make_aux(source, target),
+            size,
+            before=None if source is None else (lambda: make_aux(None, source)[0], meter.spec),
+            update_s_per_byte=aux_update_s_per_byte,
+            name="AuxNet segments",
         )
 
     def head_cost(cut: int, size: int) -> SegmentCost:
@@ -95,7 +107,11 @@ def measure_workload(
         spec = meter.after[cut - 1]
         make = make_head
         return meter.part_cost(
-            lambda: (make(spec, meter.after[-1]), spec), size, update_s_per_byte=update_s_per_byte, name="local heads"
+            lambda: (make(spec, meter.after[-1]), spec),
+            size,
+            before=(layers[cut - 1].make, meter.before[cut - 1]),
+            update_s_per_byte=update_s_per_byte,
+            name="local heads",
         )
 
     numbers = {spec: number for number, spec in enumerate(dict.fromkeys(meter.after))}
@@ -110,6 +126,8 @@ def measure_workload(
         head_cost=None if make_head is None else head_cost,
         kinds=tuple(numbers[spec] for spec in meter.after),
         states_per_parameter=states_per_parameter(*optimizer),
+        aux_states_per_parameter=states_per_parameter(*(aux_optimizer or optimizer)),
+        kept_before_bytes=tuple(_NUMBER * cost.saved_before for cost in costs),
         device=device_words(device, neighbours=neighbours),
         timed_up_to=timed_up_to,
         measure_size=meter.layers_at,
@@ -161,14 +179,26 @@ class _Meter:
 
     def costs(self) -> list[Cost]:
         """Sizes of all layers."""
-        return [
-            chain_cost([layer.make], input_spec=spec) for layer, spec in zip(self.network, self.before, strict=True)
-        ]
+        return layer_costs([layer.make for layer in self.network], input_spec=self.spec)
 
     def part_cost(
-        self, make: Callable[[], tuple[nn.Module, SampleSpec]], size: int, *, update_s_per_byte: float, name: str
+        self,
+        make: Callable[[], tuple[nn.Module, SampleSpec]],
+        size: int,
+        *,
+        before: _Before | None,
+        update_s_per_byte: float,
+        name: str,
     ) -> SegmentCost:
-        """Measure a segment of the AuxNet or a head, and count it; `IMPOSSIBLE` where there is none."""
+        """Measure a segment of the AuxNet or a head, and count it; `IMPOSSIBLE` where there is none.
+
+        Args:
+            make: builds it, and says what a sample of its input is.
+            size: samples in a micro-batch.
+            before: what makes its input; None for the data.
+            update_s_per_byte: seconds of its optimizer's step.
+            name: of such parts, for what is said.
+        """
         try:
             module, spec = make()
         except ConfigError:  # a user's own segment that fails is no segment that does not exist
@@ -179,7 +209,7 @@ class _Meter:
         self._say_timing(name, timed)
         times = measure(module, spec, micro_batch_size=timed, device=self.device)
         _, ratio = self._measured(timed)
-        sizes = chain_cost([lambda: make()[0]], input_spec=spec)
+        sizes = _cost_behind(before, lambda: make()[0], spec)
         parameter_bytes = _NUMBER * sizes.parameters
         return SegmentCost(
             forward_s=scale * ratio.forward_s * times.forward_s,
@@ -242,3 +272,12 @@ class _Meter:
         """The size to time instead, and the factor from there."""
         timed = min(size, self.timed_up_to) if self.timed_up_to else size
         return timed, size / timed
+
+
+def _cost_behind(before: _Before | None, make: Callable[[], nn.Module], spec: SampleSpec) -> Cost:
+    """Cost of a part on samples like `spec`; what is kept before it already does not count again."""
+    if before is not None:
+        make_before, start = before
+        with contextlib.suppress(ValueError):  # nothing leads there in one go: the part is taken alone
+            return layer_costs([make_before, make], input_spec=start)[-1]
+    return chain_cost([make], input_spec=spec)

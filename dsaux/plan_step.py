@@ -56,11 +56,12 @@ class Setting:
         """One piece of the network."""
         first, last = self.cut.bounds[index], self.cut.bounds[index + 1]
         work, times = self.workload, self.workload.layer_times(self.micro_batch_size)[first:last]
+        kept_bytes = sum(work.kept_bytes[first:last]) + sum(work.kept_before_bytes[first : first + 1])
         return Piece(
             times=LayerTimes(sum(time.forward_s for time in times), sum(time.backward_s for time in times)),
             update_s=sum(work.update_s[first:last]),
             parameter_bytes=sum(work.parameter_bytes[first:last]),
-            kept_bytes=self.micro_batch_size * sum(work.kept_bytes[first:last]),
+            kept_bytes=self.micro_batch_size * kept_bytes,
             output_bytes=self.micro_batch_size * work.activation_bytes[last - 1],
         )
 
@@ -68,6 +69,12 @@ class Setting:
     def held_per_parameter(self) -> float:
         """Bytes that a device holds per byte of parameters: weight, gradient, the optimizer's state."""
         return 2.0 + self.workload.states_per_parameter
+
+    @property
+    def aux_held_per_parameter(self) -> float:
+        """The same per byte of the AuxNet's parameters."""
+        states = self.workload.aux_states_per_parameter
+        return self.held_per_parameter if states is None else 2.0 + states
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from dsaux.partition import LayerTimes
@@ -64,18 +64,21 @@ class Workload:
         layer_names: the layers.
         times: per number of samples in a micro-batch, what each layer takes. Sizes that are not there are asked of
             `measure_size`, or without it read off the straight line through the two nearest; beyond the largest,
-            times are taken as proportional to the samples.
+            times are taken as proportional to the samples, and below the smallest as at least that.
         update_s: seconds of the optimizer step, per layer.
         parameter_bytes: per layer.
         activation_bytes: of one sample after each layer.
-        kept_bytes: of one sample, kept for the backward pass, per layer.
+        kept_bytes: of one sample, kept for the backward pass, per layer; what two layers keep is the first one's.
         segment_cost: `segment_cost(source cut or None, target cut, micro_batch_size)` of the AuxNet's segments;
             `IMPOSSIBLE` where there is none. None takes the AuxNet as free.
         head_cost: `head_cost(cut, micro_batch_size)` of a local loss's head; None takes heads as free.
         kinds: per layer a number, equal where the boundary behind it is of the same kind, so that its segments cost
             the same; empty takes boundaries of equal size as of one kind.
         overhead_s: the engine's own time per micro-batch and rank.
-        states_per_parameter: numbers that the optimizer remembers for each parameter.
+        states_per_parameter: numbers that the stages' optimizer remembers for each parameter.
+        aux_states_per_parameter: that the AuxNet's does; None for as many.
+        kept_before_bytes: of one sample, per layer, what of its input it keeps and a layer before keeps too: it is in
+            that layer's `kept_bytes`, and comes to those of a piece that begins with this one. Empty for nothing.
         network: its name, so that times are not taken for those of another one.
         device: where times were measured, in words.
         timed_up_to: largest micro-batch that was really timed; larger ones were scaled. 0: all were.
@@ -96,6 +99,8 @@ class Workload:
     kinds: tuple[int, ...] = ()
     overhead_s: float = 0.0
     states_per_parameter: float = 1.0
+    aux_states_per_parameter: float | None = None
+    kept_before_bytes: tuple[int, ...] = ()
     network: str = ""
     device: str = "unknown"
     timed_up_to: int = 0
@@ -116,7 +121,8 @@ class Workload:
             ValueError: if there are no layers or no times, or a list has another length.
         """
         lengths = {len(self.update_s), len(self.parameter_bytes), len(self.activation_bytes), len(self.kept_bytes)}
-        lengths |= {len(times) for times in self.times.values()} | ({len(self.kinds)} if self.kinds else set())
+        lengths |= {len(times) for times in self.times.values()}
+        lengths |= {len(its) for its in (self.kinds, self.kept_before_bytes) if its}
         if lengths != {len(self.layer_names)} or not self.layer_names:
             raise ValueError(f"a workload of {len(self.layer_names)} layers has lists of {sorted(lengths)} entries.")
         if not self.times and self.measure_size is None:
@@ -175,27 +181,12 @@ class Workload:
         return next(index + 1 for index, other in enumerate(self.kinds or self.activation_bytes) if other == kind)
 
 
-def _weights(sizes: Sequence[int], size: int) -> list[tuple[int, float]]:
-    """Sizes and weights whose sum stands for a size that was not timed.
-
-    Between two sizes the straight line through both; beyond the largest, and where there is one alone, in proportion.
-    """
-    known = sorted(sizes)
-    if len(known) == 1 or size > known[-1]:
-        return [(known[-1], size / known[-1])]
-    right = max(bisect_left(known, size), 1)
-    low, high = known[right - 1], known[right]
-    share = (size - low) / (high - low)
-    return [(low, 1.0 - share), (high, share)]
-
-
 def _mix_layers(table: Mapping[int, tuple[LayerTimes, ...]], size: int) -> tuple[LayerTimes, ...]:
-    weights = _weights(list(table), size)
-    columns = zip(*(table[known] for known, _ in weights), strict=True)
+    columns = zip(*table.values(), strict=True)
     return tuple(
         LayerTimes(
-            _mix([(time.forward_s, weight) for time, (_, weight) in zip(column, weights, strict=True)]),
-            _mix([(time.backward_s, weight) for time, (_, weight) in zip(column, weights, strict=True)]),
+            _seconds_at({known: time.forward_s for known, time in zip(table, column, strict=True)}, size),
+            _seconds_at({known: time.backward_s for known, time in zip(table, column, strict=True)}, size),
         )
         for column in columns
     )
@@ -205,13 +196,28 @@ def mix_costs(table: Mapping[int, SegmentCost], size: int) -> SegmentCost:
     """Cost of a segment at a size that was not timed, from those that were."""
     if not all(cost.is_possible for cost in table.values()):
         return IMPOSSIBLE
-    weights = _weights(list(table), size)
     return replace(
-        table[weights[0][0]],
-        forward_s=_mix([(table[known].forward_s, weight) for known, weight in weights]),
-        backward_s=_mix([(table[known].backward_s, weight) for known, weight in weights]),
+        next(iter(table.values())),
+        forward_s=_seconds_at({known: cost.forward_s for known, cost in table.items()}, size),
+        backward_s=_seconds_at({known: cost.backward_s for known, cost in table.items()}, size),
     )
 
 
-def _mix(parts: Sequence[tuple[float, float]]) -> float:
-    return max(0.0, sum(value * weight for value, weight in parts))
+def _seconds_at(table: Mapping[int, float], size: int) -> float:
+    """Seconds at a size that was not timed.
+
+    Between two sizes those of the straight line through both; beyond the largest, and where there is one alone, in
+    proportion. Below the smallest those of the line as well, but between its time in proportion and all of it: a line
+    through two sizes may come to nothing on the way.
+    """
+    known = sorted(table)
+    smallest, largest = known[0], known[-1]
+    if len(known) == 1 or size > largest:
+        return table[largest] * (size / largest)
+    right = max(bisect_left(known, size), 1)
+    low, high = known[right - 1], known[right]
+    share = (size - low) / (high - low)
+    seconds = table[low] * (1.0 - share) + table[high] * share
+    if size < smallest:
+        return min(max(seconds, table[smallest] * (size / smallest)), table[smallest])
+    return seconds

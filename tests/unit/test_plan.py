@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dsaux.command import run
 from dsaux.config import Config, ConfigError, load_config
-from dsaux.plan import Plan, main, make_plan, to_json
+from dsaux.plan import Plan, main, make_plan, measure_config, to_json
 from dsaux.plan_advice import AS_FAST, WORTH, advise
 from dsaux.plan_show import show_plan, size_words
 from dsaux.planner import CONTESTANTS, LayerTimes, Prediction, SegmentCost, Workload, parse_link
@@ -193,6 +193,31 @@ def test_the_command_goes_from_a_configuration_to_an_answer(
         assert f"{rate:.0f}" in text or f"{rate:.1f}" in text
     with pytest.raises(ConfigError, match=r'holds times of "resnet20", but dsaux\.model\.name is "resnet32"'):
         main([*common, "--times", str(times), "--set", "dsaux.model.name=resnet32"])
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        '{"type": "AdamW", "params": {"lr": 0.001}}',
+        '{"type": "Lamb", "params": {"lr": 0.001}}',  # no twin in torch.optim: two moments, as --dry_run has it
+    ],
+)
+def test_the_network_is_charged_with_the_stages_optimizer_and_the_auxnet_with_its_own(
+    stages: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsaux.partition.WARMUP_RUNS", 0)
+    monkeypatch.setattr("dsaux.partition.TIMED_RUNS", 1)
+    aux = 'dsaux.aux.optimizer={"type": "SGD", "params": {"lr": 0.05}}'
+    config = load_config(CONFIG, overrides=[f"optimizer={stages}", aux])
+    seconds = {"AdamW": 2.0, "SGD": 1.0}
+    monkeypatch.setattr("dsaux.plan_measure._Meter.update_s_per_byte", lambda self, optimizer: seconds[optimizer[0]])
+    workload = measure_config(config, devices=1, say=lambda _: None)
+    assert workload.states_per_parameter == 2
+    assert workload.aux_states_per_parameter == 0
+    assert workload.update_s == tuple(2.0 * size for size in workload.parameter_bytes)
+    segment, head = workload.segment(None, 1, 2), workload.head(1, 2)
+    assert segment.update_s == 1.0 * segment.parameter_bytes
+    assert head.update_s == 2.0 * head.parameter_bytes, "a local head is trained with its stage"
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

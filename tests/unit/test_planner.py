@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -12,8 +15,10 @@ import pytest
 import torch
 
 from dsaux.config import ConfigError
-from dsaux.models import build_layers
+from dsaux.models import boundary_specs, build_layers
+from dsaux.models.auxnet import build_aux_net
 from dsaux.models.cost import chain_cost
+from dsaux.models.local_heads import make_local_head
 from dsaux.models.shapes import SampleSpec
 from dsaux.partition import measure
 from dsaux.plan_file import from_json, to_json
@@ -23,7 +28,8 @@ from dsaux.plan_neighbours import Neighbours
 from dsaux.plan_orders import ORDERS, ChunkCost, order_of
 from dsaux.plan_replay import Compute, Exchange, Message, Post, replay_times
 from dsaux.plan_split import measure_split
-from dsaux.plan_workload import IMPOSSIBLE
+from dsaux.plan_step import Cut, Setting
+from dsaux.plan_workload import IMPOSSIBLE, mix_costs
 from dsaux.planner import (
     CONTESTANTS,
     DECOUPLED,
@@ -531,6 +537,22 @@ def test_sizes_between_two_are_on_the_line_and_beyond_the_largest_in_proportion(
     assert constant.layer_times(4)[0].forward_s == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize(("size", "forward"), [(8, 0.005), (2, 0.00125), (1, 0.000625), (12, 0.0075), (24, 0.0175)])
+def test_below_the_smallest_size_times_fall_no_faster_than_in_proportion(size: int, forward: float) -> None:
+    """The line through 10 ms at 16 samples and 25 ms at 32 comes to nothing at 5."""
+    times = {16: (LayerTimes(0.01, 0.02),) * 4, 32: (LayerTimes(0.025, 0.05),) * 4}
+    cost = {n: SegmentCost(its[0].forward_s, its[0].backward_s) for n, its in times.items()}
+    for found in (*equal_layers(4, times=times).layer_times(size), mix_costs(cost, size)):
+        assert (found.forward_s, found.backward_s) == (pytest.approx(forward), pytest.approx(2 * forward))
+    step = step_of(equal_layers(4, times=times), "ddp", stages=1, replicas=2, batch=2 * size)
+    assert step.samples_per_s == pytest.approx(2 * size / (4 * 3 * forward))
+
+
+def test_below_the_smallest_size_nothing_takes_longer_than_there() -> None:
+    work = equal_layers(1, times={16: (LayerTimes(0.02, 0.04),), 32: (LayerTimes(0.01, 0.02),)})
+    assert work.layer_times(2) == (LayerTimes(0.02, 0.04),)
+
+
 def test_a_workload_survives_json_with_all_that_was_asked() -> None:
     asked: list[tuple[int | None, int, int]] = []
 
@@ -588,6 +610,71 @@ def test_a_network_is_measured_and_counted(monkeypatch: pytest.MonkeyPatch) -> N
     assert step.aux_share > 0
     assert work.segment(None, 1, 4).parameter_bytes > 0
     assert not work.segment(3, 1, 4).is_possible or work.kind(3) == work.kind(1)
+
+
+@pytest.mark.parametrize(
+    ("network", "pixels", "classes"), [("resnet20", 32, 10), ("resnet50", 224, 1000), ("wrn16_4", 32, 10)]
+)
+def test_what_two_layers_keep_is_counted_once_in_a_stage(
+    network: str, pixels: int, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsaux.plan_measure.TIMED_RUNS", 1)
+    layers, image = build_layers(network, num_classes=classes), SampleSpec((3, pixels, pixels))
+    work = measure_workload(layers, input_spec=image, micro_batch_sizes=[], device=torch.device("cpu"))
+    whole = chain_cost([layer.make for layer in layers], input_spec=image)
+    assert sum(work.kept_bytes) == 4 * whole.saved_numbers
+    back = from_json(to_json(replace(work, times={1: (LayerTimes(1.0, 2.0),) * len(layers)}, measure_size=None)))
+    count = len(layers)
+    cut = Cut((0, count // 4, count // 2, count - 1, count))
+    setting = Setting(back, "dsaux-al", stages=4, replicas=1, micro_batches=1, micro_batch_size=2, link=FREE, cut=cut)
+    before = [image, *boundary_specs(layers, input_spec=image)]
+    for stage, (first, last) in enumerate(itertools.pairwise(cut.bounds)):
+        alone = chain_cost([layer.make for layer in layers[first:last]], input_spec=before[first])
+        assert setting.piece(stage).kept_bytes == 2 * 4 * alone.saved_numbers, f"what --dry_run counts, {first}:{last}"
+
+
+def test_what_the_auxnet_keeps_is_counted_as_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsaux.plan_measure.TIMED_RUNS", 1)
+    monkeypatch.setattr("dsaux.partition.WARMUP_RUNS", 0)
+    monkeypatch.setattr("dsaux.partition.TIMED_RUNS", 1)
+    layers, image = build_layers("resnet8", num_classes=10), SampleSpec((3, 16, 16))
+    work = measure_workload(
+        layers,
+        input_spec=image,
+        micro_batch_sizes=[],
+        device=torch.device("cpu"),
+        make_head=lambda boundary, scores: make_local_head(boundary, scores=scores),
+    )
+    after = boundary_specs(layers, input_spec=image)
+    net = build_aux_net([image, after[0], after[2]])
+    chain = chain_cost([functools.partial(copy.deepcopy, segment) for segment in net.segments], input_spec=image)
+    kept = work.segment(None, 1, 2).kept_bytes + work.segment(1, 3, 2).kept_bytes
+    assert kept == 4 * chain.saved_numbers
+    stage = [layer.make for layer in layers[:3]]
+    with_head = chain_cost([*stage, lambda: make_local_head(after[2], scores=after[-1])], input_spec=image)
+    assert sum(work.kept_bytes[:3]) + work.head(3, 2).kept_bytes == 4 * with_head.saved_numbers
+
+
+def test_the_auxnet_holds_what_its_own_optimizer_remembers() -> None:
+    def segment_cost(source: int | None, target: int, size: int) -> SegmentCost:
+        return SegmentCost(parameter_bytes=1000)
+
+    same = equal_layers(2, segment_cost=segment_cost, states_per_parameter=2.0)
+    bare = replace(same, aux_states_per_parameter=0.0)
+    for contestant, less in (("dsaux-penalty", 2 * 1000), ("dsaux-al", 2 * 1000), ("torch-1f1b", 0)):
+        full, spare = (step_of(work, contestant, stages=2, micro_batches=2) for work in (same, bare))
+        assert full.memory_bytes - spare.memory_bytes == less, contestant
+        assert replace(full, memory_bytes=0) == replace(spare, memory_bytes=0)
+        assert step_of(from_json(to_json(bare)), contestant, stages=2, micro_batches=2) == spare
+
+
+def test_a_file_of_times_without_the_newer_entries_is_still_read() -> None:
+    work = equal_layers(2, states_per_parameter=2.0)
+    document = json.loads(to_json(work))
+    del document["aux_states_per_parameter"]
+    for layer in document["layers"]:
+        del layer["kept_before_bytes"]
+    assert to_json(from_json(json.dumps(document))) == to_json(work)
 
 
 def test_the_layers_take_together_what_the_whole_network_takes(monkeypatch: pytest.MonkeyPatch) -> None:
