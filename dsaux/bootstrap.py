@@ -70,8 +70,9 @@ def initialize(
         raise ConfigError(
             'scheduler.params.total_num_steps is "auto", which train.py alone can fill in; give the number of steps.'
         )
+    # Where the module is and the engine will be. DeepSpeed does the same, but only with the engine.
+    get_accelerator().set_device(model.local_rank)
     if settings.dsaux.run.cuda_graphs and get_accelerator().device_name() == "cuda":
-        # Where the module is and the engine will be: DeepSpeed makes it the present device, but only with the engine.
         leave_default_stream(torch.device("cuda", model.local_rank))
     _check_trained(model, settings)
     document = settings.to_dict()

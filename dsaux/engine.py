@@ -449,6 +449,7 @@ class AuxPipelineEngine(GreedyStepEngine):
             CheckpointError: if it is of another network, or the ranks do not see the same files.
         """
         self.drain()
+        self.forget_faults()
         if self.stage_graphs is not None:
             self.stage_graphs.drop()
         if found is None:

@@ -2,7 +2,7 @@
 
     run.lock    byte 0    locked by rank 0 of the run; another run's rank 0 is refused
                 byte 1    locked as soon as the text tells who that is; the other ranks look at it
-                text      {"host": "node1", "pid": 4711, "port": "29500"}
+                text      {"host": "node1", "pid": 4711, "port": "29500", "torchrun": ""}
 
 train.py calls `lock_run` on every rank, before any process group. The locks are POSIX record locks: they end with the
 process, however it ends, and forked workers do not have them. They end as well when the process closes the file
@@ -70,7 +70,7 @@ def lock_run(run_dir: Path | None, *, is_first: bool) -> RunLock | None:
         return hold_run(run_dir)
     with contextlib.suppress(OSError), (run_dir / LOCK_FILE).open("rb", buffering=0) as file:
         holder = _holder(file)
-        if holder is not None and holder.get("port") != _port():
+        if holder is not None and not _is_ours(holder):
             raise _in_use(run_dir, holder)
     return None
 
@@ -93,7 +93,7 @@ def hold_run(run_dir: Path) -> RunLock:
         if error.errno in _TAKEN:
             raise _in_use(run_dir, _awaited_holder(file)) from error
         raise _not_writable(run_dir, error) from error
-    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "port": _port()})
+    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **_meeting()})
     with contextlib.suppress(OSError):  # on a full disk there is a lock without a name
         file.truncate(0)
         file.write(text.encode())
@@ -132,9 +132,17 @@ def _awaited_holder(file: FileIO) -> dict[str, Any] | None:
     return None
 
 
-def _port() -> str:
-    """Where the ranks of this run meet: the same on all of them, another one for a run beside it."""
-    return os.environ.get("MASTER_PORT", "")
+def _meeting() -> dict[str, str]:
+    """Where the ranks of this run meet: the same on all of them. A run beside it may have another port, or the same."""
+    return {"port": os.environ.get("MASTER_PORT", ""), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID", "")}
+
+
+def _is_ours(holder: dict[str, Any]) -> bool:
+    """Whether the lock can be that of this rank's own rank 0."""
+    address = os.environ.get("MASTER_ADDR", "")
+    must_be_here = address == "localhost" or address.startswith("127.") or address == "::1"
+    is_near = not must_be_here or holder.get("host") == socket.gethostname()
+    return is_near and all(holder.get(key) == value for key, value in _meeting().items())
 
 
 def _in_use(run_dir: Path, holder: dict[str, Any] | None) -> ConfigError:

@@ -190,6 +190,13 @@ class StepGuardEngine(PipelineEngine):  # type: ignore[misc]
                 return f"{what} at stage {stages[0] if kind == LOSS else stages[-1]}"
         return None
 
+    def forget_faults(self) -> None:
+        """Begin anew: :meth:`find_fault` finds nothing of the steps before."""
+        self._settle_flags()
+        if self._flag_work is not None:
+            self._flag_work[1][1:].zero_()
+        self._first_faults.zero_()
+
     def _has_peers(self) -> bool:
         return int(dist.get_world_size()) > 1
 

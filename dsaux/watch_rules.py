@@ -74,7 +74,9 @@ class Seen:
     moved_at: float
 
     def update(self, sign: Sign, *, now: float) -> None:
-        """Take the present sign."""
+        """Take the present sign; not one of a process that has come to the wrong run, such as by its port."""
+        if (sign.machine, sign.pid) != (self.sign.machine, self.sign.pid):
+            return
         self.heard_at = now if sign.beat != self.sign.beat else self.heard_at
         self.moved_at = now if sign.moves != self.sign.moves else self.moved_at
         self.sign = sign

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,27 @@ def test_a_gradient_that_is_no_number_is_seen_in_a_replay() -> None:
     }
     for rank in run_ranks(first_faults, 2, cases, bad, True):
         assert_found(rank)
+
+
+@pytest.mark.parametrize("name", ["penalty", "al with overlap", "1f1b"])
+def test_a_checkpoint_from_before_takes_a_fault_back(name: str, tmp_path: Path) -> None:
+    case = replace(BAD_GRADIENTS[name], steps=STEPS)
+    for before, behind, later in run_ranks(faults_around_a_reload, 2, case, str(tmp_path)):
+        assert (before, behind, later) == ("a gradient at stage 0", None, None)
+
+
+def faults_around_a_reload(case: Case, folder: str) -> tuple[str | None, ...]:
+    """The fault that is known behind a bad step, behind the load of a checkpoint, and behind a good step from there."""
+    engine = with_root(case)
+    engine.save_checkpoint(folder)
+    engine.train_batch(iter(black_pixel(case, 0, 0)))
+    engine.drain()
+    before = engine.find_fault(wait=True)
+    engine.load_checkpoint(folder)
+    behind = engine.find_fault(wait=True)
+    engine.train_batch(iter(case.replica_batches(0)))
+    engine.drain()
+    return before, behind, engine.find_fault(wait=True)
 
 
 class BadGradient:

@@ -408,21 +408,32 @@ def train_with_the_key() -> list[str]:
     return told
 
 
-def test_a_script_that_sets_no_device_leaves_the_default_stream_of_its_own_rank() -> None:
-    assert run_ranks(devices_whose_stream_is_left, 2) == [["cuda:0"], ["cuda:1"]]
+def test_a_script_that_sets_no_device_is_at_work_on_that_of_its_own_rank_from_the_first_message_on() -> None:
+    first, second = run_ranks(what_is_done_with_devices, 2)
+    assert first == ["cuda:0 is set", "the default stream of cuda:0 is left", "a message is sent"]
+    assert second == ["cuda:1 is set", "the default stream of cuda:1 is left", "a message is sent"]
 
 
-def devices_whose_stream_is_left() -> list[str]:
-    """With a GPU as far as `initialize` looks at it; PyTorch's present one is the first until somebody sets another."""
-    left: list[str] = []
-    gpu = SimpleNamespace(device_name=lambda: "cuda")
+def what_is_done_with_devices() -> list[str]:
+    """With a GPU as far as `initialize` looks at it; NCCL sends from the one that is set."""
+    done: list[str] = []
+    gpu = SimpleNamespace(device_name=lambda: "cuda", set_device=lambda index: done.append(f"cuda:{index} is set"))
+    send = torch.distributed.all_gather_object
+
+    def all_gather_object(*arguments: Any) -> None:
+        done.append("a message is sent")
+        send(*arguments)
+
     with (
         patch("dsaux.bootstrap.get_accelerator", lambda: gpu),
-        patch("dsaux.bootstrap.leave_default_stream", lambda device: left.append(str(device))),
-        patch("torch.cuda.current_device", lambda: 0),
+        patch(
+            "dsaux.bootstrap.leave_default_stream",
+            lambda device: done.append(f"the default stream of {device} is left"),
+        ),
+        patch("torch.distributed.all_gather_object", all_gather_object),
     ):
         build(Case((0, 3, 6), changes=GRAPHS))
-    return left
+    return done[:3]
 
 
 MANY_STEPS = (WARMUP_TICKS + 2) * (MOST_FORMS + 1)

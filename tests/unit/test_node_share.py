@@ -172,10 +172,19 @@ def test_what_fails_in_the_maker_is_raised_by_all() -> None:
     assert "rank 1, which makes the batches of this host" in str(first)
 
 
-def test_no_name_is_left_in_shared_memory() -> None:
-    before = set(Path("/dev/shm").iterdir())
+def test_no_name_is_left_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    open_memory = node_share._open_memory
+
+    def record(folder: Path, size: int) -> Any:
+        made.append(Path("/dev/shm") / folder.name)
+        assert made[-1].exists()
+        return open_memory(folder, size)
+
+    monkeypatch.setattr(node_share, "_open_memory", record)
     in_threads(lambda rank, shared: shared.load()[1].tolist(), size=2, loader=Counting())
-    assert [path for path in set(Path("/dev/shm").iterdir()) - before if path.name.startswith("dsaux-")] == []
+    assert made
+    assert not any(path.exists() for path in made)
 
 
 def test_too_little_shared_memory_is_said_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:

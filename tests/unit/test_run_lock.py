@@ -66,6 +66,17 @@ def test_a_second_run_is_refused_on_every_rank_with_who_holds_the_folder(is_firs
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(("variable", "value"), [("TORCHELASTIC_RUN_ID", "another"), ("MASTER_ADDR", "127.0.0.1")])
+def test_a_run_at_the_same_port_is_known_by_its_torchrun_and_by_its_host(
+    variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with a_run_in(tmp_path, port="2"):
+        monkeypatch.setenv(variable, value)
+        monkeypatch.setattr(socket, "gethostname", lambda: "another-host")
+        with pytest.raises(ConfigError, match="is in use"):
+            lock_run(tmp_path, is_first=False)
+
+
 def test_the_other_ranks_of_the_run_itself_go_on(tmp_path: Path) -> None:
     with a_run_in(tmp_path, port="2"):
         assert lock_run(tmp_path, is_first=False) is None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -243,3 +244,10 @@ def test_a_sign_that_does_not_change_grows_old() -> None:
     assert (peer.heard_at, peer.moved_at) == (5.0, 0.0)
     peer.update(sign(1, beat=2, moves=1, is_done=True), now=6.0)
     assert (peer.heard_at, peer.moved_at, peer.sign.is_done) == (5.0, 0.0, True)
+
+
+def test_a_sign_of_another_process_in_the_place_of_a_rank_is_not_taken() -> None:
+    """Another run with the same port writes its signs here; its processes end without a word to this run."""
+    peer = Seen(sign(1, beat=1), heard_at=0.0, moved_at=0.0)
+    peer.update(replace(peer.sign, pid=peer.sign.pid + 1, beat=7, moves=9), now=5.0)
+    assert (peer.heard_at, peer.moved_at, peer.sign) == (0.0, 0.0, sign(1, beat=1))
