@@ -10,6 +10,7 @@ The rest, colours, normalisation, places and Cutout, is done on the job's device
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
@@ -25,7 +26,10 @@ from dsaux.data.augment import Draws
 from dsaux.data.stream import Batch, LoaderJob
 
 WORKER_TIMEOUT_S = 120
-"""A worker that is silent for so long is taken for hung. One that dies is noticed at once."""
+"""A worker that is silent for so long is taken for hung."""
+LOOK_S = 2
+"""How often it is looked, while a batch is awaited, whether the workers live: of a death the server is told that has
+forked them, and not this process."""
 
 
 class NormalisedJob(Protocol):
@@ -115,19 +119,32 @@ class WorkerLoader:
         if self._batches is None:
             self._batches = iter(self._data_loader())
         try:
-            batch = next(self._batches)
+            batch = self._await_batch(self._batches)
         except (EOFError, ConnectionError) as error:
             self.close()
-            raise RuntimeError(
-                "a worker process of the torch loader ended before it had handed over its batch (killed, or out of "
-                "memory). Start the run again, with fewer dsaux.data.workers if memory is short."
-            ) from error
+            raise _worker_is_gone() from error
         except BaseException:
             self.close()  # else PyTorch raises the death of a worker again with every child process that ends
             raise
         self._position += 1
         inputs, labels = batch if self._finish is None else self._finish(*batch)
         return inputs, labels
+
+    def _await_batch(self, batches: Iterator[Any]) -> Any:
+        deadline = time.monotonic() + WORKER_TIMEOUT_S
+        while True:
+            try:
+                return next(batches)
+            except RuntimeError as error:
+                if "exited unexpectedly" in str(error):
+                    raise _worker_is_gone() from error
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"the worker processes of the torch loader have been silent for {WORKER_TIMEOUT_S} s. Look at "
+                        "the disk that holds the images, or set dsaux.data.workers to 0."
+                    ) from error
 
     def close(self) -> None:
         """End the workers."""
@@ -141,10 +158,17 @@ class WorkerLoader:
             num_workers=self._workers,
             # Not forked from here: a copy of a process with threads (DeepSpeed's, gloo's, DALI's) can crash.
             multiprocessing_context="forkserver",
-            timeout=WORKER_TIMEOUT_S,
+            timeout=LOOK_S,
             pin_memory=self._pinned,
             generator=torch.Generator(),  # workers' seeds, unused, are else drawn from the global one
         )
+
+
+def _worker_is_gone() -> RuntimeError:
+    return RuntimeError(
+        "a worker process of the torch loader ended before it had handed over its batch (killed, or out of memory). "
+        "Start the run again, with fewer dsaux.data.workers if memory is short."
+    )
 
 
 class _Positions(Sampler[int]):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from dsaux.config import ConfigError
-from dsaux.data import batch_digest
+from dsaux.data import batch_digest, torch_loader
 from dsaux.data import test_batches as share_of_test_set
 from dsaux.data.stream import Batch, Loader, LoaderJob, Rows, TrainPlan
 from dsaux.data.torch_loader import WorkerLoader
@@ -52,13 +53,14 @@ def load_many(loader: Loader, count: int) -> list[Batch]:
 
 
 class BrokenPlan:
-    """Good for three batches; then it raises, or ends the process it runs in."""
+    """Good for three batches; then, after a pause, it raises, or ends the process it runs in."""
 
-    def __init__(self, *, end_process: bool) -> None:
-        self.inner, self.end_process = job_for().plan, end_process
+    def __init__(self, *, end_process: bool, pause_s: float = 0.0) -> None:
+        self.inner, self.end_process, self.pause_s = job_for().plan, end_process, pause_s
 
     def rows(self, position: int) -> Rows:
         if position == 3:
+            time.sleep(self.pause_s)
             if self.end_process:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyError("no such image")
@@ -149,20 +151,29 @@ def test_worker_processes_leave_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("end_process", "error"), [(False, "KeyError"), (True, "RuntimeError")])
-def test_a_failing_worker_raises_and_does_not_hang(end_process, error):
+@pytest.mark.parametrize(
+    ("end_process", "pause_s", "words"),
+    [
+        pytest.param(False, 0, "no such image", id="raises"),
+        pytest.param(True, 0, "a worker process of the torch loader ended before", id="ends with batches under way"),
+        pytest.param(True, 4, "a worker process of the torch loader ended before", id="ends while it is waited for"),
+        pytest.param(False, 60, "have been silent for 3 s. Look at the disk", id="hangs"),
+    ],
+)
+def test_a_failing_worker_raises_and_does_not_hang(end_process, pause_s, words):
     # In a process of its own: PyTorch raises the death of a worker from a signal handler, wherever Python is then.
-    script = f"from tests.unit.test_loaders import read_with_a_failing_worker as read; read(end_process={end_process})"
+    call = f"read(end_process={end_process}, pause_s={pause_s})"
+    script = f"from tests.unit.test_loaders import read_with_a_failing_worker as read; {call}"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert error in done.stderr
-    assert "no such image" in last or "worker" in last
+    assert words in last, done.stderr
 
 
-def read_with_a_failing_worker(*, end_process: bool) -> None:
+def read_with_a_failing_worker(*, end_process: bool, pause_s: float) -> None:
     """Ends with the error that the loader raises."""
-    load_many(WorkerLoader(job_for(BrokenPlan(end_process=end_process)), workers=1), 6)
+    torch_loader.WORKER_TIMEOUT_S = 3 if pause_s > 10 else 120
+    load_many(WorkerLoader(job_for(BrokenPlan(end_process=end_process, pause_s=pause_s)), workers=1), 6)
 
 
 def test_a_failing_source_of_dali_raises():
