@@ -21,8 +21,6 @@ fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)"
 # shellcheck disable=SC1091
 source "$root/launchers/checks.bash"
-: "${DS_CONFIG:=$root/ds_configs/quickstart.json}"
-need_file DS_CONFIG
 need_count PROCESSES
 need_count NODES
 need_count MASTER_PORT
