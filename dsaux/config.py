@@ -381,9 +381,13 @@ class Config:
         return replace(self, dsaux=replace(self.dsaux, pipeline=pipeline, run=run))
 
 
+WITHOUT_AUX_NET = ("local", "1f1b")
+"""Schedules that train none."""
+
+
 def has_aux_net(dsaux: DsauxConfig) -> bool:
     """Whether a run trains an AuxNet."""
-    return dsaux.pipeline.schedule not in ("local", "1f1b") and dsaux.pipeline.stages > 1
+    return dsaux.pipeline.schedule not in WITHOUT_AUX_NET and dsaux.pipeline.stages > 1
 
 
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:

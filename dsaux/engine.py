@@ -27,7 +27,7 @@ from dsaux.aux_aside import SegmentAside
 from dsaux.aux_replica import AuxReplica
 from dsaux.checkpoint import CheckpointError, FoundCheckpoint
 from dsaux.compiled import CompiledCall
-from dsaux.config import DsauxConfig
+from dsaux.config import WITHOUT_AUX_NET, DsauxConfig
 from dsaux.data.guard import BatchGuard
 from dsaux.engine_state import find_together, write_together
 from dsaux.greedy_step import GreedyStepEngine
@@ -46,7 +46,6 @@ from dsaux.wavefront import Tick, Wavefront
 
 _LAGS = {"penalty": 0, "al": 1, "local": LOCAL_LAG, "1f1b": 0}
 """Ticks from a stage to the one before it."""
-_WITHOUT_AUX_NET = ("local", "1f1b")
 
 
 class AuxPipelineEngine(GreedyStepEngine):
@@ -85,7 +84,7 @@ class AuxPipelineEngine(GreedyStepEngine):
         self.restored_notes: list[str] = []
         self.schedule_name = settings.pipeline.schedule
         has_boundaries = self.num_stages > 1
-        if self.schedule_name not in _WITHOUT_AUX_NET and has_boundaries and self.module.aux_net is None:
+        if self.schedule_name not in WITHOUT_AUX_NET and has_boundaries and self.module.aux_net is None:
             raise ValueError(
                 f"schedule {self.schedule_name} with {self.num_stages} stages needs an AuxNet; give AuxPipelineModule "
                 "an aux_net (dsaux.models.auxnet.build_aux_net), or set dsaux.pipeline.schedule to 1f1b."

@@ -32,6 +32,7 @@ from dsaux.checkpoint import (
     publish,
     write_file,
 )
+from dsaux.config import WITHOUT_AUX_NET
 from dsaux.config_rules import ConfigError
 from dsaux.optim import CosineTail
 from dsaux.optim_state import group_settings, load_group_settings, load_parameter_states, parameter_states
@@ -319,8 +320,7 @@ def _restore_scheduler(scheduler: Any, state: Mapping[str, Any], *, steps: int) 
 
 def _aux_has_rested(engine: AuxPipelineEngine, found: FoundCheckpoint) -> bool:
     """Whether the AuxNet is trained now and was not when the checkpoint was written: its schedule has fallen behind."""
-    resting = ("1f1b", "local")
-    return found.content["layout"]["schedule"] in resting and engine.schedule_name not in resting
+    return found.content["layout"]["schedule"] in WITHOUT_AUX_NET and engine.schedule_name not in WITHOUT_AUX_NET
 
 
 def _advance(scheduler: Any, *, steps: int) -> None:

@@ -24,7 +24,7 @@ from dsaux.checkpoint import (
     find_checkpoint,
     layer_model_file,
 )
-from dsaux.config import Config, load_config
+from dsaux.config import WITHOUT_AUX_NET, Config, load_config
 from dsaux.config_rules import ConfigError, suggestion
 from dsaux.data import Dataset, load_dataset, test_batches
 from dsaux.launch_check import Launch
@@ -107,7 +107,7 @@ def load_trained(run_dir: Path, *, checkpoint: str | None = None, reestimate: bo
         batches = config.dsaux.run.bn_batches
         reestimate_batchnorm(network, config, dataset, replicas=_replicas(found))
         batchnorm = f"estimated anew on {batches} batches of training images"
-    elif not is_evaluated and config.dsaux.pipeline.schedule not in ("local", "1f1b"):
+    elif not is_evaluated and config.dsaux.pipeline.schedule not in WITHOUT_AUX_NET:
         warnings.append("BatchNorm's statistics are those of the AuxNet's outputs. Leave out --no-reestimate.")
     return Trained(network.eval(), card, config, dataset, found, recorded, batchnorm, tuple(warnings))
 
